@@ -1,0 +1,59 @@
+# Every target installs what it needs into .venv first, so any of them can be the first command on a fresh machine.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
+RECIPE ?= recipes/demo/sft/config_arithmetic.yaml
+ACCELERATOR ?=
+NUM_PROCESSES ?=
+ARGS ?=
+DEMO := data/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo sft check test test-slow quality style schema clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e '.[dev]'
+	touch $@
+
+.venv/installed-deepspeed: .venv/installed
+	$(BIN)/pip install --quiet -e '.[deepspeed]'
+	touch $@
+
+install: .venv/installed ## Install into .venv
+
+demo: .venv/installed ## Train a tiny model to do sums, on a CPU, in minutes
+	@$(RUN) python scripts/make_demo.py $(DEMO)
+	@echo "before training:"
+	@$(RUN) python scripts/score_demo.py $(DEMO)/model --problems $(DEMO)/held_out.jsonl
+	@$(RUN) accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		src/open_r1/sft.py --config recipes/demo/sft/config_arithmetic.yaml $(ARGS)
+	@echo "after training:"
+	@$(RUN) python scripts/score_demo.py $(DEMO)/run --problems $(DEMO)/held_out.jsonl --samples 3
+
+sft: .venv/installed $(if $(findstring zero,$(ACCELERATOR)),.venv/installed-deepspeed) ## Train: make sft RECIPE=... [ACCELERATOR=zero3] [NUM_PROCESSES=8] [ARGS="..."]
+	$(RUN) accelerate launch $(if $(ACCELERATOR),--config_file recipes/accelerate_configs/$(ACCELERATOR).yaml) \
+		$(if $(NUM_PROCESSES),--num_processes $(NUM_PROCESSES)) src/open_r1/sft.py --config $(RECIPE) $(ARGS)
+
+test: .venv/installed ## Tests that need no GPU and no network, under 12 minutes on 2 cores
+	$(RUN) python -m pytest $(ARGS)
+
+test-slow: .venv/installed-deepspeed ## Tests that launch ZeRO, kill runs and take longer
+	$(RUN) python -m pytest -o addopts= -q tests/slow $(ARGS)
+
+quality: .venv/installed ## Lint and formatting, changing nothing
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+style: .venv/installed ## Lint and format in place
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+schema: .venv/installed ## Write src/open_r1/schema.json from the configs
+	$(RUN) python scripts/make_schema.py
+
+clean: ## Remove the demo's files and caches (not .venv)
+	rm -rf $(DEMO) .pytest_cache .ruff_cache

@@ -1,0 +1,112 @@
+"""Write src/open_r1/schema.json: the JSON schema of every recipe key, from our configs and TRL's dataclasses.
+
+The recipe parser, --help and editors read it, so that none of them needs torch. Run it (`make schema`) after a change
+of configs.py or of TRL; a test fails when the committed file is out of date.
+"""
+
+import dataclasses
+import enum
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from open_r1.configs import ModelConfig, ScriptArguments, SFTConfig
+
+SCHEMA = Path(__file__).parents[1] / "src" / "open_r1" / "schema.json"
+JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object", list: "array"}
+
+# Old spellings, which the parser renames, and what only a launcher may set.
+LEFT_OUT = {"gradient_checkpointing", "gradient_checkpointing_kwargs", "local_rank", "parallelism_config"}
+
+ATTENTION = ["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
+# Upstream declares these as plain strings and finds a misspelling late or never.
+NARROWED: dict[str, dict[str, Any]] = {
+    "attn_implementation": {
+        "pattern": "^(" + "|".join(ATTENTION) + "|[^/ ]+/[^ ]+)$",
+        "examples": [*ATTENTION, "owner/name of a hub kernel"],
+    },
+    "report_to": {"items": {"type": "string", "enum": ["all", "none", *sorted(INTEGRATION_TO_CALLBACK)]}},
+    "resume_from_checkpoint": {"type": ["string", "boolean", "null"]},
+    "include_num_input_tokens_seen": {"enum": ["all", "non_padding", "no", True, False]},
+}
+
+
+def type_schema(hint: Any) -> dict[str, Any]:
+    """JSON schema of a type hint: `type`, and `enum` or `items` where the hint says which values it takes."""
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    found: list[str] = []
+    spec: dict[str, Any] = {}
+    for member in members:
+        base = typing.get_origin(member) or member
+        if isinstance(base, type) and issubclass(base, enum.Enum):
+            found.append("string")
+            spec["enum"] = [choice.value for choice in base]
+        elif base is typing.Literal:
+            found.append("boolean")
+        elif base is types.NoneType:
+            found.append("null")
+        else:
+            found.append(JSON_TYPES[base])
+        if base is list:
+            inner = typing.get_args(member)[0]
+            spec["items"] = object_schema(inner) if dataclasses.is_dataclass(inner) else {"type": "string"}
+    return {"type": list(dict.fromkeys(found)), **spec}
+
+
+def field_schema(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
+    """JSON schema of one dataclass field, its default and its help included."""
+    spec = type_schema(hint)
+    if nested := field.metadata.get("nested"):
+        spec = {**object_schema(nested), "type": ["object", "null"]}
+    if choices := field.metadata.get("choices"):
+        allowed = {"enum": [*choices]}
+        spec.update({"items": {"type": "string", **allowed}} if "items" in spec else allowed)
+    if (above := field.metadata.get("above")) is not None:
+        spec["exclusiveMinimum"] = above
+    spec.update(NARROWED.get(field.name, {}))
+    if text := field.metadata.get("help"):
+        spec["description"] = " ".join(text.replace("%%", "%").split())
+    if field.default is not dataclasses.MISSING:
+        spec["default"] = field.default.value if isinstance(field.default, enum.Enum) else field.default
+    return spec
+
+
+def object_schema(config: type) -> dict[str, Any]:
+    """JSON schema of a dataclass: closed, so that an unknown key is an error."""
+    hints = typing.get_type_hints(config)
+    fields = [field for field in dataclasses.fields(config) if field.name not in LEFT_OUT]
+    required = [
+        field.name
+        for field in fields
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    return {
+        "type": ["object"],
+        "properties": {field.name: field_schema(field, hints[field.name]) for field in fields},
+        "required": required,
+        "additionalProperties": False,
+    }
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of a recipe; `x-config` names the config that each top-level key belongs to."""
+    properties: dict[str, Any] = {}
+    for config in (ScriptArguments, SFTConfig, ModelConfig):
+        for name, spec in object_schema(config)["properties"].items():
+            properties[name] = {"x-config": config.__name__, **spec}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Recipe",
+        "type": ["object"],
+        "properties": properties,
+        "additionalProperties": False,
+    }
+
+
+if __name__ == "__main__":
+    SCHEMA.write_text(json.dumps(recipe_schema(), indent=1) + "\n")
+    print(f"wrote {SCHEMA.name}")

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning around TRL's SFTTrainer: recipes, data, chat templates, resume."""

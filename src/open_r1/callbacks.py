@@ -1,0 +1,89 @@
+"""What runs beside training, by the names a recipe's `callbacks` lists."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import HfApi
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from open_r1.errors import UserError
+
+if TYPE_CHECKING:
+    from open_r1.configs import SFTConfig
+
+logger = logging.getLogger(__name__)
+# Resume state and the pickled arguments stay at home.
+NOT_PUSHED = ["optimizer*", "scheduler*", "rng_state*", "global_step*", "training_args.bin", "*.pt", "*.pth"]
+
+
+class PushToHubRevision(TrainerCallback):
+    """Push every checkpoint to a branch of its own, `<hub_model_revision>-step-000000100`.
+
+    The upload ends before training goes on, so rotation cannot delete what is being read; a failed one is reported and
+    never stops training.
+    """
+
+    def __init__(self, api: HfApi | None = None) -> None:
+        self.api = api or HfApi()
+
+    def on_save(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Push `checkpoint-<step>` from the main process."""
+        if not state.is_world_process_zero:
+            return
+        branch = f"{args.hub_model_revision}-step-{state.global_step:09d}"
+        folder = f"{args.output_dir}/checkpoint-{state.global_step}"
+        try:
+            push_folder(self.api, args, folder, branch)
+        except Exception:
+            logger.exception("%s was not pushed to %s; training goes on", folder, branch)
+
+
+def ready_branch(args: "SFTConfig", api: HfApi | None = None) -> None:
+    """Before training: make sure that the final model can be pushed. Raises `UserError` if the branch is taken."""
+    if not (args.push_to_hub or args.push_to_hub_revision):
+        return
+    api = api or HfApi()
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    repo = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+    refuse_taken_branch(api, args, repo, args.hub_model_revision)
+    api.create_branch(repo, branch=args.hub_model_revision, exist_ok=True)
+
+
+def push_folder(api: HfApi, args: "SFTConfig", folder: str, branch: str) -> None:
+    """Push the servable part of `folder` to `branch` of `hub_model_id`. Raises `UserError` if the branch has files."""
+    repo = api.create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True).repo_id
+    refuse_taken_branch(api, args, repo, branch)
+    api.create_branch(repo, branch=branch, exist_ok=True)
+    api.upload_folder(
+        repo_id=repo,
+        folder_path=folder,
+        revision=branch,
+        ignore_patterns=NOT_PUSHED,
+        commit_message=f"Add {folder.rpartition('/')[2]}",
+    )
+    logger.info("%s pushed to %s, branch %s", folder, repo, branch)
+
+
+def refuse_taken_branch(api: HfApi, args: "SFTConfig", repo: str, branch: str) -> None:
+    """Raise `UserError` when the branch holds a model already and the recipe does not say to overwrite it."""
+    if args.overwrite_hub_revision or branch == "main":
+        return
+    if branch not in {ref.name for ref in api.list_repo_refs(repo).branches}:
+        return
+    files = [file for file in api.list_repo_files(repo, revision=branch) if file != ".gitattributes"]
+    if files:
+        raise UserError(
+            f"{repo} has files on branch {branch} already; set overwrite_hub_revision: true to replace them"
+        )
+
+
+CALLBACKS: dict[str, Callable[[], TrainerCallback]] = {"push_to_hub_revision": PushToHubRevision}
+
+
+def get_callbacks(args: "SFTConfig") -> list[TrainerCallback]:
+    """The callbacks that the recipe lists. Raises `UserError` when one cannot work."""
+    if "push_to_hub_revision" in args.callbacks and not args.hub_model_id:
+        raise UserError("callbacks: push_to_hub_revision needs hub_model_id, the repository to push to")
+    return [CALLBACKS[name]() for name in args.callbacks]

@@ -1,0 +1,188 @@
+"""Everything a recipe may say: every key, typed, documented and checked alone.
+
+Three configs extend TRL's (`ScriptArguments`, `SFTConfig`, `ModelConfig`), two describe a mixture of datasets.
+`schema.json` is generated from this file by `make schema`; `recipe.py` reads it, so that help and recipe errors need
+neither torch nor TRL.
+"""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import trl
+
+
+@dataclass
+class DatasetConfig:
+    """One source of a mixture. Raises `ValueError` naming the source when a value cannot be meant."""
+
+    id: str = field(metadata={"help": "Hub id, local directory, file or glob (.jsonl .json .parquet .csv)."})
+    config: str | None = field(default=None, metadata={"help": "Configuration name of a hub dataset."})
+    split: str = field(default="train", metadata={"help": "Split to train on; slices such as train[:10%] work."})
+    test_split: str | None = field(default=None, metadata={"help": "Split of this source to evaluate on."})
+    columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns to keep; say which when a table holds several formats."}
+    )
+    weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the rows to take after a seeded shuffle; above 1 the source is repeated, 2.5 = every "
+            "row twice and half of them a third time.",
+            "above": 0,
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.id, str) or not self.id:
+            raise ValueError(f"dataset_mixture: a source needs an id (hub id, directory or file), found {self.id!r}")
+        number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
+        if not number or not 0 < self.weight < float("inf"):
+            raise ValueError(f"{self.id}: weight must be a number above 0, found {self.weight!r}")
+
+
+@dataclass
+class DatasetMixtureConfig:
+    """Sources that are trained on together, in an order drawn from `seed` alone."""
+
+    datasets: list[DatasetConfig] = field(metadata={"help": "The sources."})
+    seed: int = field(default=0, metadata={"help": "Seed of the selection, the order and the split."})
+    test_split_size: float | None = field(
+        default=None, metadata={"help": "Rows held out for evaluation: a share below 1, or a count.", "above": 0}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.datasets:
+            raise ValueError("dataset_mixture: datasets is empty; name at least one source")
+        self.datasets = [DatasetConfig(**source) if isinstance(source, dict) else source for source in self.datasets]
+        first = self.datasets[0]
+        for source in self.datasets:
+            if set(source.columns or []) != set(first.columns or []):
+                raise ValueError(
+                    f"dataset_mixture: {source.id} keeps columns {source.columns} and {first.id} keeps "
+                    f"{first.columns}; sources of one mixture keep the same columns"
+                )
+
+
+@dataclass
+class ScriptArguments(trl.ScriptArguments):
+    """What to train on: one dataset, or a mixture, and what to evaluate on."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, local directory, file or glob (.jsonl .json .parquet .csv, also compressed), or a "
+            "directory written by save_to_disk."
+        },
+    )
+    dataset_mixture: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Weighted sources instead of dataset_name.", "nested": DatasetMixtureConfig},
+    )
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "A second dataset to evaluate on, named as dataset_name is."}
+    )
+    test_split_size: float | None = field(
+        default=None,
+        metadata={"help": "Hold out rows of dataset_name for evaluation: a share below 1, or a count.", "above": 0},
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dataset_mixture, dict):
+            self.dataset_mixture = DatasetMixtureConfig(**self.dataset_mixture)
+        if (self.dataset_name is None) == (self.dataset_mixture is None):
+            found = "both" if self.dataset_name else "neither"
+            raise ValueError(f"say what to train on with dataset_name or dataset_mixture; found {found}")
+
+
+@dataclass
+class SFTConfig(trl.SFTConfig):
+    """TRL's `SFTConfig` with our keys and with defaults that do not hurt. Raises `ValueError` on contradictions."""
+
+    assistant_only_loss: bool | None = field(
+        default=None,
+        metadata={"help": "Loss on what the assistant says only. Default: true for conversations."},
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template as Jinja text or as path of a .jinja file; else the model's own, else ChatML."
+        },
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System message for conversations that have none of their own."}
+    )
+    callbacks: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Callbacks to run while training.", "choices": ["push_to_hub_revision"]},
+    )
+    benchmarks: list[str] = field(default_factory=list, metadata={"help": "Not available yet; refused when set."})
+    hub_model_revision: str = field(default="main", metadata={"help": "Branch of the hub repository to push to."})
+    push_to_hub_revision: bool = field(
+        default=False, metadata={"help": "Push the final model to the branch hub_model_revision."}
+    )
+    overwrite_hub_revision: bool = field(
+        default=False, metadata={"help": "Allow pushing to a hub branch that already holds files."}
+    )
+    wandb_entity: str | None = field(default=None, metadata={"help": "W&B entity to log to."})
+    wandb_project: str | None = field(default=None, metadata={"help": "W&B project to log to."})
+    wandb_run_group: str | None = field(default=None, metadata={"help": "W&B group of the run."})
+
+    # Upstream's defaults that hurt: 30 min of silence kills a job whose rank 0 still loads, metrics print once per
+    # node, and the old name of activation checkpointing warns on every run.
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Old name, see above."})
+    ddp_timeout: int = field(
+        default=18000, metadata={"help": "Seconds until a collective counts as dead.", "above": 0}
+    )
+    log_on_each_node: bool = field(
+        default=False, metadata={"help": "Print metrics on every node, not only the first."}
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bfloat16 mixed precision. Default: what the launch config says, else on where supported."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            self.activation_checkpointing = True
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
+        self._settle_precision()
+        if self.benchmarks:
+            raise ValueError(f"benchmarks {self.benchmarks} are not available yet; evaluate the saved model instead")
+        if self.packing and self.max_length is None:
+            raise ValueError("packing needs a max_length: the number of tokens in a packed row")
+        super().__post_init__()
+
+    def _settle_precision(self) -> None:
+        """One precision, said once: the recipe's; else the launch config's; else bf16 where the hardware has it."""
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if self.bf16 is None and not self.fp16:
+            self.fp16 = launched == "fp16"
+            self.bf16 = launched == "bf16" or (launched == "no" and bf16_hardware(self.use_cpu))
+        asked = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
+        if launched not in ("no", asked):
+            raise ValueError(
+                f"the launch config says mixed_precision: {launched}, the recipe says {asked}; "
+                "remove mixed_precision from the launch config, or bf16/fp16 from the recipe"
+            )
+
+
+@dataclass
+class ModelConfig(trl.ModelConfig):
+    """TRL's `ModelConfig`; `dtype` is chosen from how the model is trained unless the recipe says it."""
+
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dtype of the weights. Default: float32 for full fine-tuning and on CPU, bfloat16 when the "
+            "weights are frozen (LoRA) or under DeepSpeed ZeRO, which keeps float32 masters.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+
+
+def bf16_hardware(use_cpu: bool) -> bool:
+    """Whether bfloat16 is native here. A CPU without bf16 units is 3-4 times slower in it, so False there."""
+    import torch
+
+    return not use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

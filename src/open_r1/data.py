@@ -1,0 +1,338 @@
+"""One source at a time: its raw table, and a pure function from raw row to a row in one of TRL's formats.
+
+A format is one function and one entry in `FORMATS`. Nothing here tokenises.
+"""
+
+import glob
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+from datasets import Dataset, DatasetDict
+
+from open_r1.errors import UserError
+from open_r1.mixture import draw
+
+if TYPE_CHECKING:
+    from open_r1.configs import DatasetConfig, ScriptArguments
+
+logger = logging.getLogger(__name__)
+Row = dict[str, Any]
+
+LOADERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
+COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip"}
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+
+
+@dataclass
+class Source:
+    """A loaded source: raw `rows`, `to_row` into TRL's format, and the `weight` it is mixed with."""
+
+    name: str
+    rows: Dataset
+    to_row: Callable[[Row], Row]
+    weight: float = 1.0
+
+
+def load_sources(
+    args: "ScriptArguments", text_field: str = "text", evaluate: bool = False
+) -> tuple[list[Source], list[Source]]:
+    """Load what to train on and, when `evaluate`, what to evaluate on (empty when it is split off later).
+
+    Raises `UserError` for a file, split or format that is not there, and when evaluation is asked for without data.
+    """
+    mixture = args.dataset_mixture
+    if mixture is not None:
+        train = [load_source(source, source.split, text_field) for source in mixture.datasets]
+        require_same_format(train)
+        held_out = [load_source(s, s.test_split, text_field) for s in mixture.datasets if evaluate and s.test_split]
+        split_size = mixture.test_split_size
+    else:
+        train = [load_named(args.dataset_name, args.dataset_config, args.dataset_train_split, text_field)]
+        held_out, split_size = [], args.test_split_size
+    if not evaluate:
+        return train, []
+    if (args.eval_dataset_name is not None or held_out) and split_size is not None:
+        raise UserError(
+            "evaluation data is given twice: test_split_size, and eval_dataset_name or test_split of a source; keep one"
+        )
+    if args.eval_dataset_name is not None:
+        return train, [load_named(args.eval_dataset_name, None, "train", text_field, fallback=args.dataset_test_split)]
+    if held_out or split_size is not None:
+        return train, held_out
+    if mixture is not None:
+        raise UserError(
+            "evaluation is asked for, but the mixture has no evaluation data: set dataset_mixture.test_split_size, "
+            "test_split of a source, or eval_dataset_name; or set eval_strategy: 'no' and do_eval: false"
+        )
+    return train, [load_named(args.dataset_name, args.dataset_config, args.dataset_test_split, text_field)]
+
+
+def load_source(source: "DatasetConfig", split: str, text_field: str) -> Source:
+    """One source of a mixture, reduced to its `columns`."""
+    rows = load_table(source.id, source.config, split)
+    name = source_name(source.id, source.config, split)
+    if source.columns is not None:
+        if missing := [column for column in source.columns if column not in rows.column_names]:
+            raise UserError(f"{name}: no column {', '.join(missing)}; its columns are {', '.join(rows.column_names)}")
+        rows = rows.select_columns(source.columns)
+    return Source(name, rows, row_function(rows.column_names, name, text_field), source.weight)
+
+
+def load_named(name: str, config: str | None, split: str, text_field: str, fallback: str | None = None) -> Source:
+    """A dataset given by name alone; `fallback` is a second split to look for."""
+    try:
+        rows = load_table(name, config, split)
+    except UserError:
+        if fallback is None:
+            raise
+        rows = load_table(name, config, split := fallback)
+    title = source_name(name, config, split)
+    return Source(title, rows, row_function(rows.column_names, title, text_field))
+
+
+def source_name(name: str, config: str | None, split: str) -> str:
+    """How messages call a source: `id[/config]:split`."""
+    return f"{name}{'/' + config if config else ''}:{split}"
+
+
+def load_table(name: str, config: str | None, split: str) -> Dataset:
+    """Load one split of a hub dataset, a directory, a file or glob, or a `save_to_disk` directory, uncopied.
+
+    Raises `UserError` when nothing is there, it cannot be read, or it holds no rows.
+    """
+    files = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name] if os.path.isfile(name) else []
+    try:
+        if files:
+            table = datasets.load_dataset(loader_of(files), data_files={"train": files}, split=split)
+        elif os.path.isdir(name) and is_saved(Path(name)):
+            table = saved_split(name, split)
+        elif os.path.isdir(name) or not looks_local(name):
+            table = datasets.load_dataset(name, config, split=split)
+        else:
+            raise UserError(f"{name}: no such file or directory (relative paths start at {os.getcwd()})")
+    except UserError:
+        raise
+    except Exception as error:  # every loader raises its own kinds; all become one line that names the source
+        raise UserError(f"{source_name(name, config, split)}: {reason_of(error, files)}") from error
+    if len(table) == 0:
+        raise UserError(f"{source_name(name, config, split)}: holds no rows")
+    return table
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name that is not on disk can only have been meant as a path."""
+    return (
+        name.startswith(("/", "./", "../", "~"))
+        or name.count("/") > 1
+        or bool(file_kind(name))
+        or glob.has_magic(name)
+    )
+
+
+def file_kind(name: str) -> str:
+    """The data suffix of a file name, its compression suffix aside: `.jsonl` of `a.jsonl.gz`."""
+    suffixes = [suffix for suffix in Path(name).suffixes if suffix not in COMPRESSED]
+    return suffixes[-1] if suffixes and suffixes[-1] in LOADERS else ""
+
+
+def loader_of(files: list[str]) -> str:
+    """Which of the library's loaders reads these files. Raises `UserError` for empty, unknown or mixed kinds."""
+    kinds = {file_kind(file) for file in files}
+    if "" in kinds:
+        odd = next(file for file in files if not file_kind(file))
+        raise UserError(f"{odd}: unknown kind of data file; known are {', '.join(LOADERS)}, also compressed")
+    if len({LOADERS[kind] for kind in kinds}) > 1:
+        raise UserError(f"{files[0]} and others: one source holds one kind of file; found {', '.join(sorted(kinds))}")
+    if empty := [file for file in files if os.path.getsize(file) == 0]:
+        raise UserError(f"{empty[0]}: this file is empty")
+    return LOADERS[kinds.pop()]
+
+
+def is_saved(directory: Path) -> bool:
+    """Whether `save_to_disk` wrote this directory."""
+    return (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file()
+
+
+def saved_split(name: str, split: str) -> Dataset:
+    """One split of a `save_to_disk` directory; a directory without splits counts as `train`."""
+    saved = datasets.load_from_disk(name)
+    splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
+    if split not in splits:
+        raise UserError(f"{name}: no split {split}; it has {', '.join(splits)}")
+    return splits[split]
+
+
+def reason_of(error: Exception, files: list[str]) -> str:
+    """One line on why a source cannot be read: for JSON lines, which file and line is broken."""
+    for file in files:
+        if file_kind(file) in (".jsonl", ".ndjson", ".json") and (where := broken_line(file)):
+            return where
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = f"{error}" if str(cause) in str(error) else f"{error} ({cause})"
+    return f"cannot be loaded: {' '.join(text.split())}"
+
+
+def broken_line(file: str) -> str:
+    """`file:line: why` of the first line that is not a JSON object, empty when there is none or it is one document."""
+    import fsspec
+
+    try:
+        with fsspec.open(file, "rb", compression="infer") as stream:
+            for number, line in enumerate(stream, 1):
+                if number == 1 and line.lstrip()[:1] == b"[":
+                    return ""
+                try:
+                    if line.strip() and not isinstance(json.loads(line), dict):
+                        return f"{file}:{number}: a line of JSONL is an object; found {line[:60]!r}"
+                except (ValueError, RecursionError) as error:
+                    return f"{file}:{number}: not valid JSON: {error}"
+    except (OSError, EOFError) as error:
+        return f"{file}: cannot be read: {error}"
+    return ""
+
+
+# Row formats: raw row -> row in TRL's format. Each raises ValueError with what it found and what a row should hold.
+
+
+def from_messages(row: Row, column: str = "messages") -> Row:
+    """Conversation under `role`/`content` or ShareGPT's `from`/`value`; tools and template arguments pass through."""
+    messages = [message_of(message, index) for index, message in enumerate(list_of(row[column], column))]
+    kept = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
+    return {"messages": messages, **kept}
+
+
+def from_prompt_completion(row: Row) -> Row:
+    """`prompt` and `completion`, both text or both messages."""
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return {"prompt": prompt, "completion": completion}
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        raise ValueError(
+            f"prompt and completion are both text or both messages; found {brief(prompt)} and {brief(completion)}"
+        )
+    kept = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
+    return {
+        "prompt": [message_of(message, index) for index, message in enumerate(list_of(prompt, "prompt"))],
+        "completion": [message_of(message, index) for index, message in enumerate(list_of(completion, "completion"))],
+        **kept,
+    }
+
+
+def from_text(row: Row, column: str = "text") -> Row:
+    """Plain text, trained on in full."""
+    if not isinstance(row[column], str) or not row[column]:
+        raise ValueError(f"{column} must be a text; found {brief(row[column])}")
+    return {"text": row[column]}
+
+
+def from_tokens(row: Row) -> Row:
+    """Rows that somebody tokenised already: `input_ids` and, of the same length, `labels`."""
+    ids, labels = row["input_ids"], row.get("labels", row["input_ids"])
+    if not ids or labels is None or len(ids) != len(labels):
+        raise ValueError(f"input_ids and labels are lists of one length; found {brief(ids)} and {brief(labels)}")
+    return {"input_ids": ids, "labels": labels}
+
+
+FORMATS: dict[tuple[str, ...], Callable[[Row], Row]] = {
+    ("messages",): from_messages,
+    ("conversations",): partial(from_messages, column="conversations"),
+    ("prompt", "completion"): from_prompt_completion,
+    ("text",): from_text,
+    ("input_ids",): from_tokens,
+}
+
+
+def row_function(columns: list[str], name: str, text_field: str = "text") -> Callable[[Row], Row]:
+    """The format that a table's columns say it has. Raises `UserError` when that is none or several."""
+    if images := {"image", "images", "pixel_values"} & set(columns):
+        raise UserError(f"{name}: column {', '.join(images)} holds images; only text models are trained here")
+    formats = {**FORMATS, (text_field,): partial(from_text, column=text_field)}
+    found = [needed for needed in formats if set(needed) <= set(columns)]
+    if len(found) == 1:
+        return formats[found[0]]
+    known = "; ".join("+".join(needed) for needed in formats)
+    if not found:
+        raise UserError(f"{name}: no known format in its columns {', '.join(columns)}; known are {known}")
+    raise UserError(
+        f"{name}: its columns {', '.join(columns)} hold several formats ({'; '.join('+'.join(f) for f in found)}); "
+        "say which with columns, in a dataset_mixture of this one source"
+    )
+
+
+def require_same_format(sources: list[Source]) -> None:
+    """Sources of a mixture hold rows of one format; raises `UserError` naming the one that differs."""
+    first = sources[0]
+    for source in sources[1:]:
+        if repr(source.to_row) != repr(first.to_row) and source.to_row is not first.to_row:
+            raise UserError(
+                f"{source.name}: its columns {', '.join(source.rows.column_names)} cannot be brought together with "
+                f"those of {first.name} ({', '.join(first.rows.column_names)}); convert one to the format of the other"
+            )
+
+
+def list_of(value: Any, what: str) -> list[Any]:
+    """`value` when it is a list with something in it. Raises `ValueError`."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{what} must be a list with at least one message; found {brief(value)}")
+    return value
+
+
+def message_of(message: Any, index: int) -> Row:
+    """A message under `role` and `content`, absent fields left out. Raises `ValueError` when either is missing."""
+    if not isinstance(message, dict):
+        raise ValueError(f"message {index} must hold role and content; found {brief(message)}")
+    said = {key: value for key, value in message.items() if value is not None}
+    if "from" in said and "role" not in said:
+        said["role"] = said.pop("from")
+    if "value" in said and "content" not in said:
+        said["content"] = said.pop("value")
+    if not isinstance(said.get("role"), str):
+        raise ValueError(f"message {index} has no role; found {brief(message)}")
+    said["role"] = ROLES.get(said["role"], said["role"])
+    content = said.get("content")
+    if isinstance(content, list):
+        raise ValueError(
+            f"message {index} has content in parts (images?); only text is trained here: {brief(content)}"
+        )
+    if not isinstance(content, str) and not said.get("tool_calls"):
+        raise ValueError(f"message {index} ({said['role']}) has no content; found {brief(content)}")
+    return said
+
+
+def brief(value: Any) -> str:
+    """A value short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def get_dataset(args: "ScriptArguments") -> DatasetDict:
+    """The raw rows of a recipe as Open-R1 hands them out: `train` and, where one is split off, `test`.
+
+    Same rows in the same order as Open-R1 for weights up to 1 and the same seed.
+    """
+    train, _ = load_sources(args)
+    orders = draw(
+        [len(source.rows) for source in train], [source.weight for source in train], args, [s.name for s in train]
+    )
+    try:
+        together = datasets.concatenate_datasets([source.rows for source in train])
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{', '.join(s.name for s in train)}: their columns differ: {error}") from error
+    starts = [sum(len(source.rows) for source in train[:number]) for number in range(len(train))]
+    return DatasetDict(
+        {
+            split: together.select(
+                [starts[source] + row for source, row in zip(order["source"], order["row"], strict=True)]
+            )
+            for split, order in orders.items()
+        }
+    )

@@ -1,0 +1,141 @@
+"""The model on the dtype, attention and quantisation that fit how it is trained; its adapter when PEFT is asked for."""
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
+from trl import get_peft_config, get_quantization_config
+
+from open_r1.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from open_r1.configs import ModelConfig, SFTConfig
+
+logger = logging.getLogger(__name__)
+FLASH = {
+    "flash_attention_2": is_flash_attn_2_available,
+    "flash_attention_3": is_flash_attn_3_available,
+    "flash_attention_4": is_flash_attn_4_available,
+}
+
+
+def check_model(model_args: "ModelConfig", training_args: "SFTConfig") -> None:
+    """What can be known about the model without its weights. Raises `UserError`."""
+    attention = model_args.attn_implementation
+    if attention in FLASH and not FLASH[attention]():
+        raise UserError(
+            f"attn_implementation: {attention} is not installed or finds no GPU here; use sdpa, or install it"
+        )
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and not importlib.util.find_spec("bitsandbytes"):
+        raise UserError("load_in_4bit and load_in_8bit need bitsandbytes: pip install 'open-r1[quant]'")
+    for tracker in set(training_args.report_to) & {"wandb", "tensorboard", "mlflow", "trackio", "comet_ml"}:
+        if not importlib.util.find_spec(tracker) and not (
+            tracker == "tensorboard" and importlib.util.find_spec("tensorboardX")
+        ):
+            raise UserError(f"report_to: {tracker} is not installed; pip install {tracker}, or drop it")
+    adapter = adapter_base(model_args.model_name_or_path)
+    if adapter is not None and not model_args.use_peft:
+        raise UserError(
+            f"{model_args.model_name_or_path} is a LoRA adapter of {adapter}: set use_peft: true to train it on, "
+            "or merge it into its base first"
+        )
+    try:
+        AutoConfig.from_pretrained(
+            adapter or model_args.model_name_or_path,
+            revision=None if adapter else model_args.model_revision,
+            trust_remote_code=training_args.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise UserError(f"model_name_or_path: {model_args.model_name_or_path!r} cannot be read: {text}") from error
+
+
+def get_model(model_args: "ModelConfig", training_args: "SFTConfig") -> PreTrainedModel:
+    """Load the weights; where `model_name_or_path` is an adapter, its base with the adapter on it, trainable."""
+    quantization = get_quantization_config(model_args)
+    kwargs: dict[str, Any] = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": weights_dtype(model_args, training_args),
+        "quantization_config": quantization,
+        **(training_args.model_init_kwargs or {}),
+    }
+    if quantization is not None and torch.cuda.is_available():
+        kwargs["device_map"] = {"": training_args.local_process_index}
+    name = model_args.model_name_or_path
+    base = adapter_base(name)
+    if base is None:
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+
+    from peft import PeftModel, prepare_model_for_kbit_training
+
+    model = AutoModelForCausalLM.from_pretrained(base, **{**kwargs, "revision": None})
+    if quantization is not None:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    logger.info("training goes on from the adapter %s on %s", name, base)
+    return PeftModel.from_pretrained(model, name, is_trainable=True)
+
+
+def adapter_base(name: str) -> str | None:
+    """The base model of a local adapter directory, None for anything else."""
+    config = Path(name) / "adapter_config.json"
+    return json.loads(config.read_text())["base_model_name_or_path"] if config.is_file() else None
+
+
+def weights_dtype(model_args: "ModelConfig", training_args: "SFTConfig") -> torch.dtype | str:
+    """The recipe's dtype, else the one that trains well.
+
+    float32 for full fine-tuning: AdamW on pure bfloat16 weights rounds most small updates away. bfloat16 where the
+    weights are frozen, or where ZeRO keeps float32 masters of them. float32 whenever training itself runs in it.
+    """
+    if model_args.dtype is not None:
+        dtype = model_args.dtype if model_args.dtype == "auto" else getattr(torch, model_args.dtype)
+        if dtype == torch.bfloat16 and not model_args.use_peft and training_args.deepspeed_plugin is None:
+            logger.warning(
+                "dtype: bfloat16 trains bfloat16 weights: at small learning rates AdamW leaves most of them "
+                "unchanged; remove dtype to train float32 weights in bf16 mixed precision"
+            )
+        return dtype
+    if not training_args.bf16:
+        return torch.float32
+    return torch.bfloat16 if model_args.use_peft or training_args.deepspeed_plugin is not None else torch.float32
+
+
+def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Grow the embeddings to the tokenizer's length, new rows around the mean of the old; never shrink them."""
+    if len(tokenizer) > model.config.get_text_config().vocab_size:
+        model.resize_token_embeddings(len(tokenizer))
+        logger.info("embeddings resized to %d tokens", len(tokenizer))
+
+
+def adapter_config(
+    model_args: "ModelConfig", model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> "PeftConfig | None":
+    """The LoRA config, None without PEFT or when the model carries an adapter already.
+
+    Tokens that were added for the chat template get trained and saved through `modules_to_save`, as two matrices even
+    where the model ties them: trainable token rows crash the trainer's fused LM head on tied models.
+    """
+    config = get_peft_config(model_args)
+    if config is None or hasattr(model, "peft_config"):
+        return None
+    if added := getattr(tokenizer, "added_for_chat", []):
+        matrices = {model.get_input_embeddings(): "input", model.get_output_embeddings(): "output"}
+        names = [name.rpartition(".")[2] for name, module in model.named_modules() if module in matrices]
+        config.modules_to_save = sorted({*(config.modules_to_save or []), *names})
+        cost = sum(module.weight.numel() for module in matrices)
+        logger.warning(
+            "%s are new to the vocabulary, so %s are trained and saved whole, untied: %.0fM parameters more",
+            " and ".join(added),
+            " and ".join(names),
+            cost / 1e6,
+        )
+    return config

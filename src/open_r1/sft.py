@@ -1,0 +1,170 @@
+"""Supervised fine-tuning from a YAML recipe, on one CPU, one GPU, a node or a cluster.
+
+    accelerate launch --config_file recipes/accelerate_configs/zero3.yaml src/open_r1/sft.py --config recipe.yaml
+
+Any key of the recipe can be overridden behind it (`--learning_rate 1e-5`); `--help` lists them all. Started again, a
+run goes on from the last complete checkpoint in its output_dir. Exit code 0: trained and saved; 1: something failed;
+2: the recipe, the data or the model needs mending, the message says how.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if not __package__:  # run as a script: what stands beside it must not hide other packages' modules
+    sys.path[0] = str(Path(__file__).parents[1])
+
+from open_r1.checkpoints import checkpoint_to_resume, finished, mark_finished
+from open_r1.errors import UserError
+from open_r1.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer
+
+    from open_r1.configs import ModelConfig, ScriptArguments, SFTConfig
+
+logger = logging.getLogger("open_r1")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `argv` (default: the command line) and return the exit code."""
+    main_process = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logger.setLevel(logging.INFO if main_process else logging.ERROR)
+    try:
+        recipe = load_recipe(sys.argv[1:] if argv is None else argv)
+        return run(recipe)
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"\n{error}", file=sys.stderr)
+        return 2
+
+
+def run(recipe: Recipe) -> int:
+    """Train what the recipe says; returns the exit code. Heavy imports come after all that can fail without them."""
+    for note in recipe.notes:
+        logger.warning(note)
+    output_dir = recipe.values.setdefault("output_dir", "data/sft")
+    if (step := finished(output_dir, recipe.values)) is not None:
+        logger.info("this run finished at step %d and its model is in %s: nothing to do", step, output_dir)
+        return 0
+    checkpoint = checkpoint_to_resume(output_dir, recipe.values.get("resume_from_checkpoint"))
+
+    from transformers import set_seed
+    from trl import SFTTrainer
+
+    from open_r1.callbacks import get_callbacks, ready_branch
+    from open_r1.chat import get_tokenizer
+    from open_r1.model import adapter_config, check_model, fit_vocabulary, get_model
+    from open_r1.preparation import prepare
+    from open_r1.trainer import name_trackers, trainer_arguments
+
+    script_args, training_args, model_args = build_configs(recipe)
+    set_verbosity(training_args)
+    set_seed(training_args.seed)
+    check_model(model_args, training_args)
+    callbacks = get_callbacks(training_args)
+
+    tokenizer = get_tokenizer(model_args, training_args)
+    train_rows, eval_rows = prepare(script_args, training_args, tokenizer)
+
+    if training_args.process_index == 0:
+        ready_branch(training_args)
+    name_trackers(training_args)
+    model = get_model(model_args, training_args)
+    fit_vocabulary(model, tokenizer)
+    trainer = SFTTrainer(
+        model=model,
+        args=trainer_arguments(training_args),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        peft_config=adapter_config(model_args, model, tokenizer),
+        callbacks=callbacks,
+    )
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model(output_dir, _internal_call=True)  # without pushing: that comes last
+    trainer.save_state()
+    trainer.save_metrics("train", metrics)
+    failed = after_saving(trainer, script_args, evaluate=eval_rows is not None)
+    if trainer.is_world_process_zero():
+        if not failed:
+            mark_finished(output_dir, trainer.state.global_step, recipe.values)
+        summarize(trainer, metrics)
+    trainer.end()
+    return 1 if failed else 0
+
+
+def build_configs(recipe: Recipe) -> "tuple[ScriptArguments, SFTConfig, ModelConfig]":
+    """The recipe as the three configs. Raises `UserError` for what only the whole of them can tell is wrong."""
+    from open_r1.configs import ModelConfig, ScriptArguments, SFTConfig
+
+    try:
+        script_args, training_args, model_args = (
+            config(**recipe.of(config.__name__)) for config in (ScriptArguments, SFTConfig, ModelConfig)
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"this recipe cannot be run: {error}") from error
+    return script_args, training_args, model_args
+
+
+def set_verbosity(args: "SFTConfig") -> None:
+    """Give the libraries the recipe's log level, replicas their own, quieter one."""
+    import datasets
+    import transformers
+
+    level = args.get_process_log_level()
+    transformers.utils.logging.set_verbosity(level)
+    datasets.utils.logging.set_verbosity(level)
+    if args.process_index != 0:
+        datasets.disable_progress_bars()
+
+
+def after_saving(trainer: "SFTTrainer", script_args: "ScriptArguments", evaluate: bool) -> bool:
+    """Evaluate, write the card, push: none can lose the model any more. Returns whether one of them failed."""
+    mixture = script_args.dataset_mixture
+    about = {
+        "dataset_name": [source.id for source in mixture.datasets] if mixture else script_args.dataset_name,
+        "tags": ["open-r1"],
+    }
+
+    def evaluation() -> None:
+        trainer.save_metrics("eval", trainer.evaluate())
+
+    steps = {"evaluation": evaluation} if evaluate else {}
+    steps["model card"] = lambda: trainer.create_model_card(**about)
+    if trainer.args.push_to_hub:
+        steps["push"] = lambda: trainer.push_to_hub(**about)
+    failed = False
+    for name, step in steps.items():
+        try:
+            step()
+        except Exception:
+            failed = True
+            logger.exception("%s failed; the trained model is safe in %s", name, trainer.args.output_dir)
+    return failed
+
+
+def summarize(trainer: "SFTTrainer", metrics: dict[str, float]) -> None:
+    """Five lines: what was done, what came out, and where everything is."""
+    out, history = Path(trainer.args.output_dir), trainer.state.log_history
+    minutes, seconds = divmod(round(metrics["train_runtime"]), 60)
+    beside = sorted(path.name for path in [*out.glob("*_results.json"), *out.glob("checkpoint-*")])
+
+    def course(key: str) -> str:
+        values = [entry[key] for entry in history if key in entry]
+        return f"{values[0]:.4f} at first, {values[-1]:.4f} at last" if values else "not measured"
+
+    print(
+        f"\ntrained     {trainer.state.global_step} steps, {trainer.state.epoch:.2f} epochs in {minutes} min {seconds} s"
+    )
+    print(f"train loss  {course('loss')}")
+    print(f"eval loss   {course('eval_loss')}")
+    print(f"model       {out} (weights, tokenizer with chat template, generation config, card)")
+    print(f"beside it   {', '.join(beside)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Fixtures: a tiny model and real text, made on the spot. Nothing here reaches a hub."""
+
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.update(
+    HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1"
+)
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import pytest  # noqa: E402
+from make_docstrings import docstrings, write_model  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory):
+    """Prepared data of the tests stays out of the user's cache."""
+    import datasets
+
+    cache = tmp_path_factory.mktemp("datasets-cache")
+    datasets.config.HF_DATASETS_CACHE = cache
+    os.environ["HF_DATASETS_CACHE"] = str(cache)  # for processes that tests launch
+    return cache
+
+
+@pytest.fixture(scope="session")
+def pairs():
+    """600 (question, docstring) pairs of the standard library."""
+    return list(itertools.islice(docstrings(), 600))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, pairs):
+    """Path of a Qwen3 with about 30,000 parameters, without a chat template; ChatML tokens are in its vocabulary."""
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    write_model(path, itertools.chain.from_iterable(pairs), vocabulary=600, hidden=32, layers=2)
+    return str(path)
+
+
+@pytest.fixture
+def tokenizer(tiny_model):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def conversations(pairs):
+    """The pairs as conversations."""
+    return [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": text[:400]}]}
+        for question, text in pairs
+    ]
+
+
+@pytest.fixture(scope="session")
+def chat_file(tmp_path_factory, conversations):
+    """Path of the conversations as JSONL."""
+    return write_jsonl(tmp_path_factory.mktemp("data") / "chat.jsonl", conversations)
+
+
+def write_jsonl(path, rows):
+    """Write rows as JSON lines; returns the path as text."""
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def settings(**values):
+    """Command line of settings: short CPU training, overridden by `values`; None leaves a key out."""
+    quick = {
+        "use_cpu": True,
+        "max_steps": 2,
+        "max_length": 128,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "activation_checkpointing": False,
+    }
+    argv = []
+    for key, value in {**quick, **values}.items():
+        if value is not None:
+            argv += (
+                [f"--{key}", *map(str, value)]
+                if isinstance(value, (list, tuple))
+                else [
+                    f"--{key}",
+                    json.dumps(value) if isinstance(value, dict) else str(value),
+                ]
+            )
+    return argv
+
+
+def losses(output_dir, key="loss"):
+    """The logged losses of a run."""
+    history = json.loads((Path(output_dir) / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in history if key in entry]
