@@ -11,7 +11,7 @@ import ast
 import json
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 QUESTIONS = {
@@ -52,7 +52,14 @@ def write_rows(path: Path) -> int:
     return len(rows)
 
 
-def write_model(path: Path, texts: Iterable[str], vocabulary: int = 4096, hidden: int = 128, layers: int = 4) -> None:
+def write_model(
+    path: Path,
+    texts: Iterable[str],
+    vocabulary: int = 4096,
+    hidden: int = 128,
+    layers: int = 4,
+    special: Sequence[str] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+) -> None:
     """Write a tiny Qwen3 and a byte-level BPE tokenizer of `texts` (EOS and PAD `<|endoftext|>`, no chat template)."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -63,7 +70,7 @@ def write_model(path: Path, texts: Iterable[str], vocabulary: int = 4096, hidden
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -70,8 +70,8 @@ def main() -> None:
     parser.add_argument("model", help="folder saved by save_pretrained")
     parser.add_argument("--problems", type=Path, default=Path("data/demo/held_out.jsonl"), help="rows to answer")
     parser.add_argument("--limit", type=int, default=200, help="how many problems (200)")
-    parser.add_argument("--batch-size", type=int, default=100, help="problems a batch (100)")
-    parser.add_argument("--max-new-tokens", type=int, default=192, help="limit of a generation (192)")
+    parser.add_argument("--batch-size", type=int, default=200, help="problems a batch (200)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="limit of a generation (128)")
     parser.add_argument("--samples", type=int, default=0, help="print this many answers in full (0)")
     args = parser.parse_args()
     disable_progress_bar()
@@ -83,14 +83,11 @@ def main() -> None:
         batch = rows[start : start + args.batch_size]
         samples += answer_batch(model, tokenizer, batch, args.max_new_tokens)
     for sample in samples[: args.samples]:
-        print(
-            f"{sample.problem}\n{sample.text}\n[expected {sample.expected}: {'right' if sample.correct else 'wrong'}]\n"
-        )
-    for label, count in (
-        ("exact match", sum(s.correct for s in samples)),
-        ("stopped", sum(s.stopped for s in samples)),
-    ):
-        print(f"{label + ':':<13}{count / len(samples):7.1%} ({count} of {len(samples)})")
+        verdict = "right" if sample.correct else "wrong"
+        print(f"{sample.problem}\n{sample.text}\n[expected {sample.expected}: {verdict}]\n")
+    correct, stopped = sum(sample.correct for sample in samples), sum(sample.stopped for sample in samples)
+    print(f"exact match: {correct / len(samples):6.1%} ({correct} of {len(samples)})")
+    print(f"stopped:     {stopped / len(samples):6.1%} ({stopped} of {len(samples)})")
 
 
 if __name__ == "__main__":

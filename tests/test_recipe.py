@@ -55,6 +55,7 @@ def test_values_are_typed_and_say_where_they_come_from(recipe):
         (["--warmup_ratio", "0.1"], "warmup_steps", 0.1),
         (["--resume_from_checkpoint", "false"], "resume_from_checkpoint", "false"),
         (["--run_name", "7"], "run_name", "7"),
+        (["--dataset_config", "none"], "dataset_config", None),
     ],
 )
 def test_command_line(recipe, argv, key, value):

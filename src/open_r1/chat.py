@@ -74,6 +74,10 @@ def load_tokenizer(model_args: "ModelConfig", training_args: "SFTConfig") -> Pre
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"{name}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    if not tokenizer("The quick brown fox")["input_ids"]:
+        raise UserError(
+            f"{name}: its tokenizer cannot be loaded: the files of its vocabulary (tokenizer.json) are missing"
+        )
     if not tokenizer.is_fast:
         raise UserError(
             f"{name}: {type(tokenizer).__name__} has no fast backend (tokenizer.json), which exact supervision needs; "
@@ -83,16 +87,20 @@ def load_tokenizer(model_args: "ModelConfig", training_args: "SFTConfig") -> Pre
 
 
 def recipe_template(training_args: "SFTConfig") -> str | None:
-    """The template that the recipe gives, as text or as the path of a `.jinja` file. Raises `UserError`."""
+    """The template that the recipe gives: `chatml`, Jinja text, or the path of a `.jinja` file. Raises `UserError`."""
     if training_args.chat_template is not None and training_args.chat_template_path is not None:
         raise UserError("chat_template and chat_template_path are both set; keep chat_template")
     given = training_args.chat_template or training_args.chat_template_path
+    if given == "chatml":
+        return CHATML
     if given is None or "{" in given:
         return given
     try:
         return Path(given).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"chat_template: {given!r} is neither Jinja text nor a readable file: {error}") from None
+        raise UserError(
+            f"chat_template: {given!r} is neither chatml, nor Jinja text, nor a readable file: {error}"
+        ) from None
 
 
 def add_delimiters(tokenizer: PreTrainedTokenizerBase) -> list[str]:

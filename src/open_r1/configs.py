@@ -104,9 +104,7 @@ class SFTConfig(trl.SFTConfig):
     )
     chat_template: str | None = field(
         default=None,
-        metadata={
-            "help": "Chat template as Jinja text or as path of a .jinja file; else the model's own, else ChatML."
-        },
+        metadata={"help": "chatml, Jinja text, or the path of a .jinja file. Default: the model's own, else ChatML."},
     )
     system_prompt: str | None = field(
         default=None, metadata={"help": "System message for conversations that have none of their own."}
@@ -179,6 +177,13 @@ class ModelConfig(trl.ModelConfig):
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
+
+    def __post_init__(self) -> None:
+        targets = self.lora_target_modules
+        super().__post_init__()
+        # TRL unwraps a list of one, and PEFT then reads a lone module name as a regular expression that matches none.
+        if isinstance(targets, list) and len(targets) == 1 and targets[0].isidentifier():
+            self.lora_target_modules = targets
 
 
 def bf16_hardware(use_cpu: bool) -> bool:

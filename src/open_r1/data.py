@@ -7,6 +7,7 @@ import glob
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
-from datasets import Dataset, DatasetDict
+import fsspec
+import pandas as pd
+from datasets import Dataset, DatasetDict, Features, Value
 
 from open_r1.errors import UserError
 from open_r1.mixture import draw
@@ -71,7 +74,13 @@ def load_sources(
             "evaluation is asked for, but the mixture has no evaluation data: set dataset_mixture.test_split_size, "
             "test_split of a source, or eval_dataset_name; or set eval_strategy: 'no' and do_eval: false"
         )
-    return train, [load_named(args.dataset_name, args.dataset_config, args.dataset_test_split, text_field)]
+    try:
+        return train, [load_named(args.dataset_name, args.dataset_config, args.dataset_test_split, text_field)]
+    except UserError as error:
+        raise UserError(
+            f"evaluation is asked for: {error}; set dataset_test_split, test_split_size or eval_dataset_name, "
+            "or eval_strategy: 'no' and do_eval: false"
+        ) from error
 
 
 def load_source(source: "DatasetConfig", split: str, text_field: str) -> Source:
@@ -108,9 +117,14 @@ def load_table(name: str, config: str | None, split: str) -> Dataset:
     Raises `UserError` when nothing is there, it cannot be read, or it holds no rows.
     """
     files = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name] if os.path.isfile(name) else []
+    title = source_name(name, config, split)
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error it raises
     try:
         if files:
-            table = datasets.load_dataset(loader_of(files), data_files={"train": files}, split=split)
+            loader = loader_of(files)
+            options = as_written(files) if loader == "csv" else {}
+            table = datasets.load_dataset(loader, data_files={"train": files}, split=split, **options)
         elif os.path.isdir(name) and is_saved(Path(name)):
             table = saved_split(name, split)
         elif os.path.isdir(name) or not looks_local(name):
@@ -120,9 +134,11 @@ def load_table(name: str, config: str | None, split: str) -> Dataset:
     except UserError:
         raise
     except Exception as error:  # every loader raises its own kinds; all become one line that names the source
-        raise UserError(f"{source_name(name, config, split)}: {reason_of(error, files)}") from error
+        raise UserError(reason_of(error, title, files)) from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
     if len(table) == 0:
-        raise UserError(f"{source_name(name, config, split)}: holds no rows")
+        raise UserError(f"{title}: holds no rows")
     return table
 
 
@@ -155,6 +171,12 @@ def loader_of(files: list[str]) -> str:
     return LOADERS[kinds.pop()]
 
 
+def as_written(files: list[str]) -> dict[str, Any]:
+    """Loader options that leave CSV cells the text they are: an answer 7, NA or null is no number and no hole."""
+    columns = pd.read_csv(files[0], nrows=0).columns
+    return {"features": Features({column: Value("string") for column in columns}), "keep_default_na": False}
+
+
 def is_saved(directory: Path) -> bool:
     """Whether `save_to_disk` wrote this directory."""
     return (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file()
@@ -169,30 +191,35 @@ def saved_split(name: str, split: str) -> Dataset:
     return splits[split]
 
 
-def reason_of(error: Exception, files: list[str]) -> str:
+def reason_of(error: Exception, title: str, files: list[str]) -> str:
     """One line on why a source cannot be read: for JSON lines, which file and line is broken."""
     for file in files:
         if file_kind(file) in (".jsonl", ".ndjson", ".json") and (where := broken_line(file)):
             return where
+    text = " ".join(str(error).split())
+    if unknown := re.match(r'Unknown split "(.*)"\. Should be one of \[(.*)\]', text):
+        return f"{title}: no split {unknown[1]}; it has {unknown[2]}"
+    if "corresponds to no data" in text:
+        return f"{title}: holds no rows"
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    text = f"{error}" if str(cause) in str(error) else f"{error} ({cause})"
-    return f"cannot be loaded: {' '.join(text.split())}"
+    because = "" if str(cause) in str(error) else f" ({' '.join(str(cause).split())})"
+    return f"{title}: cannot be loaded: {text}{because}"
 
 
 def broken_line(file: str) -> str:
     """`file:line: why` of the first line that is not a JSON object, empty when there is none or it is one document."""
-    import fsspec
-
     try:
         with fsspec.open(file, "rb", compression="infer") as stream:
             for number, line in enumerate(stream, 1):
                 if number == 1 and line.lstrip()[:1] == b"[":
                     return ""
                 try:
-                    if line.strip() and not isinstance(json.loads(line), dict):
-                        return f"{file}:{number}: a line of JSONL is an object; found {line[:60]!r}"
+                    if line.strip() and not isinstance(json.loads(line.rstrip()), dict):
+                        return f"{file}:{number}: a line of JSONL is an object; found {brief(line.decode().strip())}"
+                except json.JSONDecodeError as error:
+                    return f"{file}:{number}: not valid JSON: {error.msg} at column {error.colno}"
                 except (ValueError, RecursionError) as error:
                     return f"{file}:{number}: not valid JSON: {error}"
     except (OSError, EOFError) as error:
@@ -213,6 +240,8 @@ def from_messages(row: Row, column: str = "messages") -> Row:
 def from_prompt_completion(row: Row) -> Row:
     """`prompt` and `completion`, both text or both messages."""
     prompt, completion = row["prompt"], row["completion"]
+    if completion in ("", []):
+        raise ValueError("completion is empty, so there is nothing to learn")
     if isinstance(prompt, str) and isinstance(completion, str):
         return {"prompt": prompt, "completion": completion}
     if not isinstance(prompt, list) or not isinstance(completion, list):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 from trl import get_peft_config, get_quantization_config
 
+from open_r1.data import looks_local
 from open_r1.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ def check_model(model_args: "ModelConfig", training_args: "SFTConfig") -> None:
             f"{model_args.model_name_or_path} is a LoRA adapter of {adapter}: set use_peft: true to train it on, "
             "or merge it into its base first"
         )
+    if looks_local(model_args.model_name_or_path) and not Path(model_args.model_name_or_path).is_dir():
+        raise UserError(f"model_name_or_path: no such directory: {model_args.model_name_or_path}")
     try:
         AutoConfig.from_pretrained(
             adapter or model_args.model_name_or_path,
@@ -59,12 +63,13 @@ def check_model(model_args: "ModelConfig", training_args: "SFTConfig") -> None:
 
 def get_model(model_args: "ModelConfig", training_args: "SFTConfig") -> PreTrainedModel:
     """Load the weights; where `model_name_or_path` is an adapter, its base with the adapter on it, trainable."""
-    quantization = get_quantization_config(model_args)
+    dtype = weights_dtype(model_args, training_args)
+    quantization = get_quantization_config(replace(model_args, dtype=dtype))
     kwargs: dict[str, Any] = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
         "attn_implementation": model_args.attn_implementation,
-        "dtype": weights_dtype(model_args, training_args),
+        "dtype": dtype,
         "quantization_config": quantization,
         **(training_args.model_init_kwargs or {}),
     }
@@ -75,11 +80,9 @@ def get_model(model_args: "ModelConfig", training_args: "SFTConfig") -> PreTrain
     if base is None:
         return AutoModelForCausalLM.from_pretrained(name, **kwargs)
 
-    from peft import PeftModel, prepare_model_for_kbit_training
+    from peft import PeftModel
 
     model = AutoModelForCausalLM.from_pretrained(base, **{**kwargs, "revision": None})
-    if quantization is not None:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     logger.info("training goes on from the adapter %s on %s", name, base)
     return PeftModel.from_pretrained(model, name, is_trainable=True)
 
@@ -90,23 +93,22 @@ def adapter_base(name: str) -> str | None:
     return json.loads(config.read_text())["base_model_name_or_path"] if config.is_file() else None
 
 
-def weights_dtype(model_args: "ModelConfig", training_args: "SFTConfig") -> torch.dtype | str:
+def weights_dtype(model_args: "ModelConfig", training_args: "SFTConfig") -> str:
     """The recipe's dtype, else the one that trains well.
 
     float32 for full fine-tuning: AdamW on pure bfloat16 weights rounds most small updates away. bfloat16 where the
     weights are frozen, or where ZeRO keeps float32 masters of them. float32 whenever training itself runs in it.
     """
     if model_args.dtype is not None:
-        dtype = model_args.dtype if model_args.dtype == "auto" else getattr(torch, model_args.dtype)
-        if dtype == torch.bfloat16 and not model_args.use_peft and training_args.deepspeed_plugin is None:
+        if model_args.dtype == "bfloat16" and not model_args.use_peft and training_args.deepspeed_plugin is None:
             logger.warning(
                 "dtype: bfloat16 trains bfloat16 weights: at small learning rates AdamW leaves most of them "
                 "unchanged; remove dtype to train float32 weights in bf16 mixed precision"
             )
-        return dtype
+        return model_args.dtype
     if not training_args.bf16:
-        return torch.float32
-    return torch.bfloat16 if model_args.use_peft or training_args.deepspeed_plugin is not None else torch.float32
+        return "float32"
+    return "bfloat16" if model_args.use_peft or training_args.deepspeed_plugin is not None else "float32"
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -237,6 +237,8 @@ def fit(value: Any, spec: dict[str, Any], key: str, where: str, places: dict[str
         types = [types]
     if isinstance(value, str) and ("string" not in types or ("object" in types and value.startswith("{"))):
         value = parse_text(value, types)
+    elif where == CLI and "null" in types and value in ("none", "null") and "enum" not in spec:
+        value = None  # a command line has no other way to unset a text
     elif value is False and "no" in spec.get("enum", []) and False not in spec["enum"]:
         value = "no"  # unquoted `eval_strategy: no` is a YAML boolean
     elif "number" in types and "integer" not in types and isinstance(value, int) and not isinstance(value, bool):

@@ -30,9 +30,10 @@ logger = logging.getLogger("open_r1")
 
 def main(argv: list[str] | None = None) -> int:
     """Run `argv` (default: the command line) and return the exit code."""
-    main_process = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logger.setLevel(logging.INFO if main_process else logging.ERROR)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)-7s %(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     try:
         recipe = load_recipe(sys.argv[1:] if argv is None else argv)
         return run(recipe)
@@ -132,6 +133,7 @@ def after_saving(trainer: "SFTTrainer", script_args: "ScriptArguments", evaluate
 
     def evaluation() -> None:
         trainer.save_metrics("eval", trainer.evaluate())
+        trainer.save_state()
 
     steps = {"evaluation": evaluation} if evaluate else {}
     steps["model card"] = lambda: trainer.create_model_card(**about)

@@ -1,0 +1,216 @@
+"""Labels: exactly which ids are supervised, for every row format; what is cut is counted; bad rows are named."""
+
+import numpy as np
+import pytest
+from conftest import write_jsonl
+from datasets import Dataset
+from trl import ModelConfig
+
+from open_r1.chat import get_tokenizer
+from open_r1.configs import ScriptArguments, SFTConfig
+from open_r1.data import Source, row_function
+from open_r1.errors import UserError
+from open_r1.preparation import prepare
+from open_r1.tokenization import Supervision, tokenize_source
+
+CHAT = [
+    {"role": "user", "content": "What is two and two?"},
+    {"role": "assistant", "content": "Four. Émile says: 四."},
+    {"role": "user", "content": "Sure?"},
+    {"role": "assistant", "content": "Yes."},
+]
+
+
+@pytest.fixture
+def encode(tiny_model):
+    """Tokenise rows under training arguments; returns the table and the tokenizer."""
+
+    def encode(rows, **values):
+        values.setdefault("max_length", None)
+        arguments = SFTConfig(output_dir="unused", use_cpu=True, **values)
+        tokenizer = get_tokenizer(ModelConfig(model_name_or_path=tiny_model), arguments)
+        table = Dataset.from_list(rows)
+        source = Source("here", table, row_function(table.column_names, "here", arguments.dataset_text_field))
+        how = Supervision.of(arguments, arguments.packing)
+        return tokenize_source(source, np.arange(len(rows)), tokenizer, how), tokenizer
+
+    return encode
+
+
+def supervised(row, tokenizer):
+    """The supervised text of a row; checks on the way that labels are -100 or the id itself."""
+    assert all(label in (-100, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
+    return tokenizer.decode([label for label in row["labels"] if label != -100])
+
+
+ALL = "<|im_start|>user\nWhat is two and two?<|im_end|>\n<|im_start|>assistant\nFour. Émile says: 四.<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
+CASES = {
+    "every assistant turn with its stop token": (
+        {"messages": CHAT},
+        {},
+        "Four. Émile says: 四.<|im_end|>Yes.<|im_end|>",
+    ),
+    "the whole conversation when asked": ({"messages": CHAT}, {"assistant_only_loss": False}, ALL),
+    "the completion's turns": ({"prompt": CHAT[:3], "completion": CHAT[3:]}, {}, "Yes.<|im_end|>"),
+    "prompt and completion as messages, in full": (
+        {"prompt": CHAT[:3], "completion": CHAT[3:]},
+        {"completion_only_loss": False},
+        "Four. Émile says: 四.<|im_end|>Yes.<|im_end|>",
+    ),
+    "the completion": ({"prompt": "Two and two:\n", "completion": "four"}, {}, "four<|im_end|>"),
+    "prompt and completion": (
+        {"prompt": "Two and two:\n", "completion": "four"},
+        {"completion_only_loss": False},
+        "Two and two:\nfour<|im_end|>",
+    ),
+    "text in full": ({"text": "Some text."}, {}, "Some text.<|im_end|>"),
+    "text that ends with EOS already": ({"text": "Some text.<|im_end|>"}, {}, "Some text.<|im_end|>"),
+    "another text field": ({"body": "Some text."}, {"dataset_text_field": "body"}, "Some text.<|im_end|>"),
+}
+
+
+@pytest.mark.parametrize(("row", "values", "expected"), CASES.values(), ids=CASES)
+def test_what_is_supervised(encode, row, values, expected):
+    table, tokenizer = encode([row], **values)
+    assert supervised(table[0], tokenizer) == expected
+    assert table[0]["supervised"] == sum(label != -100 for label in table[0]["labels"][1:])
+
+
+def test_ids_are_those_of_the_rendered_conversation(encode):
+    table, tokenizer = encode([{"messages": CHAT}])
+    assert table[0]["input_ids"] == tokenizer.apply_chat_template(CHAT, return_dict=True)["input_ids"]
+    assert tokenizer.decode(table[0]["input_ids"]) == ALL
+
+
+def test_rows_that_are_tokenised_already_stay_as_they_are(encode):
+    table, _ = encode([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}])
+    assert (table[0]["input_ids"], table[0]["labels"]) == ([5, 6, 7], [-100, 6, 7])
+
+
+def test_system_prompt_only_where_there_is_no_system_message(encode):
+    own = [{"role": "system", "content": "Mine."}, *CHAT]
+    table, tokenizer = encode([{"messages": CHAT}, {"messages": own}], system_prompt="Be kind.")
+    first, second = (tokenizer.decode(row["input_ids"]) for row in table)
+    assert first.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user")
+    assert second.startswith("<|im_start|>system\nMine.<|im_end|>\n<|im_start|>user")
+    table, tokenizer = encode([{"prompt": CHAT[:3], "completion": CHAT[3:]}], system_prompt="Be kind.")
+    assert supervised(table[0], tokenizer) == "Yes.<|im_end|>"
+
+
+def test_tools_and_template_arguments_reach_the_template(encode):
+    template = (
+        "{% if tools %}{{ tools[0]['function']['name'] }}{% endif %}{{ mood }}{% for m in messages %}"
+        "{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    )
+    row = {
+        "messages": CHAT[:2],
+        "tools": '[{"type": "function", "function": {"name": "add"}}]',
+        "chat_template_kwargs": {"mood": "!"},
+    }
+    table, tokenizer = encode([row], chat_template=template, assistant_only_loss=False)
+    assert tokenizer.decode(table[0]["input_ids"]).startswith("add!What is")
+
+
+def test_long_rows_are_cut_and_counted(encode):
+    whole, _ = encode([{"messages": CHAT}])
+    cut, _ = encode([{"messages": CHAT}], max_length=20)
+    assert cut[0]["input_ids"] == whole[0]["input_ids"][:20]
+    assert cut[0]["labels"] == whole[0]["labels"][:20]
+    assert cut[0]["cut"] == len(whole[0]["input_ids"]) - 20
+    end, _ = encode([{"messages": CHAT}], max_length=20, truncation_mode="keep_end")
+    assert end[0]["input_ids"] == whole[0]["input_ids"][-20:]
+    spread, _ = encode([{"messages": CHAT}], max_length=20, packing=True, packing_strategy="bfd_split")
+    assert spread[0]["input_ids"] == whole[0]["input_ids"]
+
+
+BAD = {
+    "null messages": [{"messages": CHAT}, {"messages": None}],
+    "no assistant turn": [{"messages": CHAT}, {"messages": CHAT[:1]}],
+    "a template that fails": [
+        {"messages": CHAT},
+        {"messages": [*CHAT[:1], {"role": "assistant", "tool_calls": [{"x": 1}]}]},
+    ],
+}
+
+
+@pytest.mark.parametrize("rows", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_a_bad_row_is_named(encode, rows, num_proc, tmp_path, tiny_model):
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    arguments = SFTConfig(output_dir="unused", use_cpu=True, dataset_num_proc=num_proc)
+    tokenizer = get_tokenizer(ModelConfig(model_name_or_path=tiny_model), arguments)
+    with pytest.raises(UserError, match=r"rows\.jsonl:train: row 1 \(counting from 0\): "):
+        prepare(ScriptArguments(dataset_name=path), arguments, tokenizer)
+
+
+class TestPrepare:
+    def arguments(self, **values):
+        return SFTConfig(output_dir="unused", use_cpu=True, **{"max_length": 64, **values})
+
+    def prepare(self, tiny_model, path, arguments, **more):
+        tokenizer = get_tokenizer(ModelConfig(model_name_or_path=tiny_model), arguments)
+        return prepare(ScriptArguments(dataset_name=path, **more), arguments, tokenizer)
+
+    def test_rows_with_nothing_to_learn_are_dropped_and_counted(self, tiny_model, tmp_path, caplog):
+        long = [{"role": "user", "content": "why " * 200}, CHAT[1]]
+        path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": CHAT}, {"messages": long}, {"messages": CHAT}])
+        caplog.set_level("INFO", "open_r1")
+        train, _ = self.prepare(tiny_model, path, self.arguments(max_length=150))
+        assert len(train) == 2
+        assert "1 rows dropped: nothing supervised is left of them" in caplog.text
+        assert "1 rows are longer than max_length 150" in caplog.text
+
+    def test_no_row_left_is_an_error(self, tiny_model, tmp_path):
+        path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": CHAT}])
+        with pytest.raises(UserError, match="no row of the train data has a supervised token within max_length 5"):
+            self.prepare(tiny_model, path, self.arguments(max_length=5))
+
+    def test_packing_keeps_every_token(self, tiny_model, chat_file):
+        loose, _ = self.prepare(tiny_model, chat_file, self.arguments(max_length=256))
+        packed, held_out = self.prepare(
+            tiny_model, chat_file, self.arguments(max_length=256, packing=True, do_eval=True), test_split_size=0.2
+        )
+        assert set(packed.column_names) == {"input_ids", "labels", "seq_lengths"}
+        assert sum(map(len, packed["input_ids"])) + sum(map(len, held_out["input_ids"])) == sum(
+            map(len, loose["input_ids"])
+        )
+        assert sum(map(len, packed["seq_lengths"])) + sum(map(len, held_out["seq_lengths"])) == len(loose)
+        _, unpacked = self.prepare(
+            tiny_model,
+            chat_file,
+            self.arguments(max_length=256, packing=True, eval_packing=False, do_eval=True),
+            test_split_size=0.2,
+        )
+        assert set(unpacked.column_names) == {"input_ids", "labels"}
+
+    def test_a_second_preparation_reads_no_row(self, tiny_model, chat_file, monkeypatch):
+        first, _ = self.prepare(tiny_model, chat_file, self.arguments(max_length=77))
+        monkeypatch.setattr("open_r1.tokenization.render_row", lambda *_: pytest.fail("a row was tokenised again"))
+        second, _ = self.prepare(tiny_model, chat_file, self.arguments(max_length=77))
+        assert first["input_ids"] == second["input_ids"]
+
+    def test_shuffle_dataset_is_honoured(self, tiny_model, chat_file):
+        plain, _ = self.prepare(tiny_model, chat_file, self.arguments())
+        shuffled, _ = self.prepare(tiny_model, chat_file, self.arguments(shuffle_dataset=True))
+        assert plain["input_ids"] != shuffled["input_ids"]
+        assert sorted(plain["input_ids"]) == sorted(shuffled["input_ids"])
+
+    def test_mixture_order_is_that_of_the_draw(self, tiny_model, tmp_path):
+        paths = [
+            write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {row}"} for row in range(50)]) for name in "ab"
+        ]
+        arguments = self.arguments()
+        tokenizer = get_tokenizer(ModelConfig(model_name_or_path=tiny_model), arguments)
+        args = ScriptArguments(
+            dataset_mixture={"datasets": [{"id": paths[0], "weight": 0.5}, {"id": paths[1], "weight": 1.5}], "seed": 3}
+        )
+        from open_r1.data import get_dataset
+
+        train, _ = prepare(args, arguments, tokenizer)
+        raw = get_dataset(args)["train"]["text"]
+        assert [tokenizer.decode(ids) for ids in train["input_ids"]] == [f"{text}<|im_end|>" for text in raw]
+        assert len(train) == 100
+
+    def test_unknown_dataset_kwargs_are_refused(self, tiny_model, chat_file):
+        with pytest.raises(UserError, match="dataset_kwargs: shuffel is not known"):
+            self.prepare(tiny_model, chat_file, self.arguments(dataset_kwargs={"shuffel": True}))
