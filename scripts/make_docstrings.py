@@ -23,7 +23,7 @@ QUESTIONS = {
 
 
 def docstrings() -> Iterator[tuple[str, str]]:
-    """(question, docstring) of every documented module, class and function of the standard library, in a fixed order."""
+    """(question, docstring) of the standard library's documented modules, classes, functions, in a fixed order."""
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts

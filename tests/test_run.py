@@ -1,4 +1,4 @@
-"""The whole run, as a user starts it: trains, matches stock TRL, resumes, finishes once, and refuses bad input early."""
+"""The whole run, as a user starts it: trains, matches stock TRL, resumes, finishes once, refuses bad input early."""
 
 import json
 import os
@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT, losses, settings, write_jsonl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTTrainer
 from trl import SFTConfig as StockConfig
+from trl import SFTTrainer
 
 from open_r1.chat import CHATML
 from open_r1.sft import main

@@ -43,7 +43,10 @@ def supervised(row, tokenizer):
     return tokenizer.decode([label for label in row["labels"] if label != -100])
 
 
-ALL = "<|im_start|>user\nWhat is two and two?<|im_end|>\n<|im_start|>assistant\nFour. Émile says: 四.<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
+ALL = (
+    "<|im_start|>user\nWhat is two and two?<|im_end|>\n<|im_start|>assistant\nFour. Émile says: 四.<|im_end|>\n"
+    "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
+)
 CASES = {
     "every assistant turn with its stop token": (
         {"messages": CHAT},

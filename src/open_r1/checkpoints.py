@@ -88,7 +88,7 @@ def mark_finished(output_dir: str, step: int, settings: dict[str, Any]) -> None:
 def finished(output_dir: str, settings: dict[str, Any]) -> int | None:
     """The last step of the finished run in this directory, None when there is none.
 
-    Raises `UserError` when that run was started with other settings: it is neither repeated nor passed off as this one.
+    Raises `UserError` when that run was started with other settings: it is not passed off as this one.
     """
     try:
         state = json.loads((Path(output_dir) / RUN_STATE).read_text())

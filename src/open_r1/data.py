@@ -63,7 +63,7 @@ def load_sources(
         return train, []
     if (args.eval_dataset_name is not None or held_out) and split_size is not None:
         raise UserError(
-            "evaluation data is given twice: test_split_size, and eval_dataset_name or test_split of a source; keep one"
+            "evaluation data is given twice: by test_split_size, and by eval_dataset_name or test_split; keep one"
         )
     if args.eval_dataset_name is not None:
         return train, [load_named(args.eval_dataset_name, None, "train", text_field, fallback=args.dataset_test_split)]

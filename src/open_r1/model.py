@@ -1,4 +1,4 @@
-"""The model on the dtype, attention and quantisation that fit how it is trained; its adapter when PEFT is asked for."""
+"""The model on the dtype, attention and quantisation that fit how it is trained, and its adapter."""
 
 import importlib.util
 import json

@@ -159,9 +159,8 @@ def summarize(trainer: "SFTTrainer", metrics: dict[str, float]) -> None:
         values = [entry[key] for entry in history if key in entry]
         return f"{values[0]:.4f} at first, {values[-1]:.4f} at last" if values else "not measured"
 
-    print(
-        f"\ntrained     {trainer.state.global_step} steps, {trainer.state.epoch:.2f} epochs in {minutes} min {seconds} s"
-    )
+    steps, epochs = trainer.state.global_step, trainer.state.epoch
+    print(f"\ntrained     {steps} steps, {epochs:.2f} epochs in {minutes} min {seconds} s")
     print(f"train loss  {course('loss')}")
     print(f"eval loss   {course('eval_loss')}")
     print(f"model       {out} (weights, tokenizer with chat template, generation config, card)")

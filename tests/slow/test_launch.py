@@ -1,0 +1,163 @@
+"""Real launches: ZeRO on two processes, processes killed with SIGKILL, and the demo's own command.
+
+The first ZeRO launch builds one DeepSpeed op (about two minutes, cached in TORCH_EXTENSIONS_DIR).
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, losses, settings
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+RECIPE = "recipes/demo/sft/config_docstrings.yaml"
+
+
+def environment():
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def command(config, argv):
+    """Plain Python without a launch config, else `accelerate launch` on two processes."""
+    if config is None:
+        return [sys.executable, "src/open_r1/sft.py", *map(str, argv)]
+    launcher = ["accelerate", "launch", "--config_file", f"recipes/accelerate_configs/{config}.yaml"]
+    return [*launcher, "--num_processes", "2", "--main_process_port", "0", "src/open_r1/sft.py", *map(str, argv)]
+
+
+def run(config, argv):
+    done = subprocess.run(command(config, argv), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def docstrings(tmp_path_factory):
+    """The docstring recipe's own model and data, all rows."""
+    out = tmp_path_factory.mktemp("docstrings")
+    subprocess.run([sys.executable, "scripts/make_docstrings.py", str(out)], cwd=ROOT, env=environment(), check=True)
+    return out
+
+
+class TestDocstringRecipe:
+    """The second real input: some 8,000 conversations of natural length, 50 steps, launched four ways."""
+
+    @pytest.fixture(scope="class")
+    def history(self, docstrings, tmp_path_factory):
+        found = {}
+        for config in (None, "ddp", "zero2", "zero3"):
+            out = tmp_path_factory.mktemp("runs") / str(config)
+            argv = ["--config", RECIPE, "--use_cpu", "--disable_tqdm", "--output_dir", out]
+            argv += ["--model_name_or_path", docstrings / "model", "--dataset_name", docstrings / "docstrings.jsonl"]
+            argv += ["--per_device_train_batch_size", 4 if config else 8]
+            output = run(config, argv)
+            assert "7910 of 7910 rows" in output or " rows" in output
+            found[config] = losses(out)
+        return found
+
+    def test_the_loss_falls(self, history):
+        for values in history.values():
+            assert len(values) == 50
+            assert values[-1] < values[0] - 1
+
+    @pytest.mark.parametrize("config", ["ddp", "zero2", "zero3"])
+    def test_every_launch_gives_the_losses_of_one_process(self, history, config):
+        assert history[config] == pytest.approx(history[None], abs=1e-3)
+
+
+@pytest.mark.parametrize("config", [None, "ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("packing", [False, True], ids=["unpacked", "packed"])
+def test_killed_and_started_again_it_is_the_same_run(config, packing, tiny_model, chat_file, tmp_path):
+    def argv(out):
+        return settings(
+            model_name_or_path=tiny_model,
+            dataset_name=chat_file,
+            output_dir=out,
+            packing=packing,
+            max_steps=40,
+            save_steps=5,
+            save_total_limit=3,
+        )
+
+    run(config, argv(tmp_path / "whole"))
+    torn = tmp_path / "torn"
+    target = random.Random(f"{config}{packing}").randint(6, 30)
+    with subprocess.Popen(
+        command(config, argv(torn)),
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        seen = 0
+        for line in process.stdout:
+            seen += "'loss'" in line
+            if seen == target:
+                break
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not (torn / "run_state.json").exists()
+    assert "resuming from" in run(config, argv(torn))
+    assert losses(torn) == losses(tmp_path / "whole")
+    assert len(losses(torn)) == 40
+    one, two = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "whole", torn))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("config", [None, "zero3"])
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+def test_added_chat_tokens_survive_sharding(config, peft, tmp_path, pairs, chat_file):
+    from make_docstrings import write_model
+
+    texts = [text for pair in pairs[:50] for text in pair]
+    write_model(tmp_path / "bare", texts, 400, 32, 1, special=["<|endoftext|>"])
+    run(
+        config,
+        settings(
+            model_name_or_path=tmp_path / "bare",
+            dataset_name=chat_file,
+            output_dir=tmp_path / "run",
+            use_peft=peft,
+            lora_target_modules="all-linear" if peft else None,
+            learning_rate=1e-2,
+        ),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert (len(tokenizer), tokenizer.eos_token) == (402, "<|im_end|>")
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "bare").get_input_embeddings().weight
+    if peft:
+        from safetensors.torch import load_file
+
+        saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+        end = next(value for name, value in saved.items() if "embed_tokens" in name)
+        assert any("lm_head" in name for name in saved)
+    else:
+        end = AutoModelForCausalLM.from_pretrained(tmp_path / "run").get_input_embeddings().weight
+    assert end.shape == (402, 32)
+    assert torch.isfinite(end.float()).all()
+    # Old rows moved a little from where they were, new rows lie among them: nothing was scrambled by the shards.
+    assert (end[:400].float() - start).abs().max() < 0.1
+    assert 0 < (end[400:].float() - start.mean(0)).norm(dim=1).max() < 2 * start.norm(dim=1).max()
+
+
+def test_a_second_start_while_the_first_prepares_does_the_work_once(tiny_model, docstrings, tmp_path):
+    def argv(out):
+        return settings(
+            model_name_or_path=tiny_model, dataset_name=docstrings / "docstrings.jsonl", output_dir=out, max_length=96
+        )
+
+    started = [
+        subprocess.Popen(command(None, argv(tmp_path / str(n))), cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
+        for n in range(2)
+    ]
+    outputs = [process.communicate()[1].decode() for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert sum("Tokenizing" in output for output in outputs) <= 1
+    assert losses(tmp_path / "0") == losses(tmp_path / "1")
