@@ -11,8 +11,9 @@ from conftest import write_jsonl
 from datasets import Dataset, DatasetDict
 
 from open_r1.configs import ScriptArguments
-from open_r1.data import load_sources, load_table, row_function
+from open_r1.data import load_sources, load_table
 from open_r1.errors import UserError
+from open_r1.formats import row_function
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}]} for n in range(7)

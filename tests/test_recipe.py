@@ -7,7 +7,8 @@ import pytest
 from conftest import ROOT
 
 from open_r1.errors import UserError
-from open_r1.recipe import RENAMED, SCHEMA, load_recipe
+from open_r1.old_names import RENAMED
+from open_r1.recipe import SCHEMA, load_recipe
 
 ENOUGH = "model_name_or_path: m\ndataset_name: d\n"
 

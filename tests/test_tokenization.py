@@ -8,8 +8,9 @@ from trl import ModelConfig
 
 from open_r1.chat import get_tokenizer
 from open_r1.configs import ScriptArguments, SFTConfig
-from open_r1.data import Source, row_function
+from open_r1.data import Source
 from open_r1.errors import UserError
+from open_r1.formats import row_function
 from open_r1.preparation import prepare
 from open_r1.tokenization import Supervision, tokenize_source
 

@@ -21,8 +21,6 @@ from open_r1.errors import UserError
 from open_r1.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from trl import SFTTrainer
-
     from open_r1.configs import ModelConfig, ScriptArguments, SFTConfig
 
 logger = logging.getLogger("open_r1")
@@ -48,7 +46,8 @@ def run(recipe: Recipe) -> int:
     for note in recipe.notes:
         logger.warning(note)
     output_dir = recipe.values.setdefault("output_dir", "data/sft")
-    if (step := finished(output_dir, recipe.values)) is not None:
+    settings = {key: value for key, value in recipe.values.items() if key != "resume_from_checkpoint"}
+    if (step := finished(output_dir, settings)) is not None:
         logger.info("this run finished at step %d and its model is in %s: nothing to do", step, output_dir)
         return 0
     checkpoint = checkpoint_to_resume(output_dir, recipe.values.get("resume_from_checkpoint"))
@@ -60,7 +59,8 @@ def run(recipe: Recipe) -> int:
     from open_r1.chat import get_tokenizer
     from open_r1.model import adapter_config, check_model, fit_vocabulary, get_model
     from open_r1.preparation import prepare
-    from open_r1.trainer import name_trackers, trainer_arguments
+    from open_r1.report import after_saving, summarize
+    from open_r1.trainer import name_trackers, set_verbosity, trainer_arguments
 
     script_args, training_args, model_args = build_configs(recipe)
     set_verbosity(training_args)
@@ -92,7 +92,7 @@ def run(recipe: Recipe) -> int:
     failed = after_saving(trainer, script_args, evaluate=eval_rows is not None)
     if trainer.is_world_process_zero():
         if not failed:
-            mark_finished(output_dir, trainer.state.global_step, recipe.values)
+            mark_finished(output_dir, trainer.state.global_step, settings)
         summarize(trainer, metrics)
     trainer.end()
     return 1 if failed else 0
@@ -109,62 +109,6 @@ def build_configs(recipe: Recipe) -> "tuple[ScriptArguments, SFTConfig, ModelCon
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"this recipe cannot be run: {error}") from error
     return script_args, training_args, model_args
-
-
-def set_verbosity(args: "SFTConfig") -> None:
-    """Give the libraries the recipe's log level, replicas their own, quieter one."""
-    import datasets
-    import transformers
-
-    level = args.get_process_log_level()
-    transformers.utils.logging.set_verbosity(level)
-    datasets.utils.logging.set_verbosity(level)
-    if args.process_index != 0:
-        datasets.disable_progress_bars()
-
-
-def after_saving(trainer: "SFTTrainer", script_args: "ScriptArguments", evaluate: bool) -> bool:
-    """Evaluate, write the card, push: none can lose the model any more. Returns whether one of them failed."""
-    mixture = script_args.dataset_mixture
-    about = {
-        "dataset_name": [source.id for source in mixture.datasets] if mixture else script_args.dataset_name,
-        "tags": ["open-r1"],
-    }
-
-    def evaluation() -> None:
-        trainer.save_metrics("eval", trainer.evaluate())
-        trainer.save_state()
-
-    steps = {"evaluation": evaluation} if evaluate else {}
-    steps["model card"] = lambda: trainer.create_model_card(**about)
-    if trainer.args.push_to_hub:
-        steps["push"] = lambda: trainer.push_to_hub(**about)
-    failed = False
-    for name, step in steps.items():
-        try:
-            step()
-        except Exception:
-            failed = True
-            logger.exception("%s failed; the trained model is safe in %s", name, trainer.args.output_dir)
-    return failed
-
-
-def summarize(trainer: "SFTTrainer", metrics: dict[str, float]) -> None:
-    """Five lines: what was done, what came out, and where everything is."""
-    out, history = Path(trainer.args.output_dir), trainer.state.log_history
-    minutes, seconds = divmod(round(metrics["train_runtime"]), 60)
-    beside = sorted(path.name for path in [*out.glob("*_results.json"), *out.glob("checkpoint-*")])
-
-    def course(key: str) -> str:
-        values = [entry[key] for entry in history if key in entry]
-        return f"{values[0]:.4f} at first, {values[-1]:.4f} at last" if values else "not measured"
-
-    steps, epochs = trainer.state.global_step, trainer.state.epoch
-    print(f"\ntrained     {steps} steps, {epochs:.2f} epochs in {minutes} min {seconds} s")
-    print(f"train loss  {course('loss')}")
-    print(f"eval loss   {course('eval_loss')}")
-    print(f"model       {out} (weights, tokenizer with chat template, generation config, card)")
-    print(f"beside it   {', '.join(beside)}")
 
 
 if __name__ == "__main__":

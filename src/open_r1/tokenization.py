@@ -13,8 +13,9 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from open_r1.chat import assistant_spans
-from open_r1.data import Row, Source
+from open_r1.data import Source
 from open_r1.errors import BadRow, UserError
+from open_r1.formats import Row
 
 if TYPE_CHECKING:
     from open_r1.configs import SFTConfig

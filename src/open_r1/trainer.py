@@ -1,8 +1,11 @@
-"""What TRL's `SFTTrainer` is told: the trainer stays TRL's, and rows reach it prepared."""
+"""What TRL's `SFTTrainer` and the libraries around it are told. The trainer stays TRL's; rows reach it prepared."""
 
 import copy
 import os
 from typing import TYPE_CHECKING
+
+import datasets
+import transformers
 
 if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
@@ -39,3 +42,12 @@ def name_trackers(args: "SFTConfig") -> None:
         "WANDB_RUN_GROUP": args.wandb_run_group,
     }
     os.environ.update({name: value for name, value in names.items() if value is not None})
+
+
+def set_verbosity(args: "SFTConfig") -> None:
+    """Give the libraries the recipe's log level, replicas their own, quieter one."""
+    level = args.get_process_log_level()
+    transformers.utils.logging.set_verbosity(level)
+    datasets.utils.logging.set_verbosity(level)
+    if args.process_index != 0:
+        datasets.disable_progress_bars()

@@ -1,0 +1,56 @@
+"""What follows training: evaluation, model card, upload, and the summary. The model is saved before any of it."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trl import SFTTrainer
+
+if TYPE_CHECKING:
+    from open_r1.configs import ScriptArguments
+
+logger = logging.getLogger(__name__)
+
+
+def after_saving(trainer: SFTTrainer, script_args: "ScriptArguments", evaluate: bool) -> bool:
+    """Evaluate, write the card, push: none can lose the model any more. Returns whether one of them failed."""
+    mixture = script_args.dataset_mixture
+    about = {
+        "dataset_name": [source.id for source in mixture.datasets] if mixture else script_args.dataset_name,
+        "tags": ["open-r1"],
+    }
+
+    def evaluation() -> None:
+        trainer.save_metrics("eval", trainer.evaluate())
+        trainer.save_state()
+
+    steps = {"evaluation": evaluation} if evaluate else {}
+    steps["model card"] = lambda: trainer.create_model_card(**about)
+    if trainer.args.push_to_hub:
+        steps["push"] = lambda: trainer.push_to_hub(**about)
+    failed = False
+    for name, step in steps.items():
+        try:
+            step()
+        except Exception:
+            failed = True
+            logger.exception("%s failed; the trained model is safe in %s", name, trainer.args.output_dir)
+    return failed
+
+
+def summarize(trainer: SFTTrainer, metrics: dict[str, float]) -> None:
+    """Five lines: what was done, what came out, and where everything is."""
+    out, history = Path(trainer.args.output_dir), trainer.state.log_history
+    minutes, seconds = divmod(round(metrics["train_runtime"]), 60)
+    beside = sorted(path.name for path in [*out.glob("*_results.json"), *out.glob("checkpoint-*")])
+
+    def course(key: str) -> str:
+        values = [entry[key] for entry in history if key in entry]
+        return f"{values[0]:.4f} at first, {values[-1]:.4f} at last" if values else "not measured"
+
+    steps, epochs = trainer.state.global_step, trainer.state.epoch
+    print(f"\ntrained     {steps} steps, {epochs:.2f} epochs in {minutes} min {seconds} s")
+    print(f"train loss  {course('loss')}")
+    print(f"eval loss   {course('eval_loss')}")
+    print(f"model       {out} (weights, tokenizer with chat template, generation config, card)")
+    print(f"beside it   {', '.join(beside)}")
