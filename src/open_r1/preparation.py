@@ -95,27 +95,17 @@ def assemble(
 
 def account(part: str, source: Source, table: Dataset, position: np.ndarray, how: Supervision) -> None:
     """Say what became of a source: rows drawn, tokens, share supervised, and everything cut or dropped."""
-    supervised, cut = np.array(table["supervised"])[position], np.array(table["cut"])[position]
-    tokens = sum(len(ids) for ids in table.with_format("numpy", columns=["input_ids"])["input_ids"])
-    logger.info(
-        "%s %s: %d of %d rows, %d tokens, %.1f %% supervised",
-        part,
-        source.name,
-        len(position),
-        len(source.rows),
-        tokens,
-        100 * np.array(table["supervised"]).sum() / max(1, tokens),
-    )
+    tokens, cut, supervised = (np.array(table[count])[position] for count in ("tokens", "cut", "supervised"))
+    rows, name = len(source.rows), f"{part} {source.name}"
+    share = 100 * supervised.sum() / max(1, tokens.sum())
+    logger.info("%s: %d of %d rows, %d tokens, %.1f %% supervised", name, len(position), rows, tokens.sum(), share)
     if (cut > 0).any():
         logger.warning(
-            "%s %s: %d rows are longer than max_length %d; %d tokens are cut off",
-            part,
-            source.name,
+            "%s: %d rows are longer than max_length %d; %d tokens are cut off",
+            name,
             (cut > 0).sum(),
             how.max_length,
             cut.sum(),
         )
     if (supervised == 0).any():
-        logger.warning(
-            "%s %s: %d rows dropped: nothing supervised is left of them", part, source.name, (supervised == 0).sum()
-        )
+        logger.warning("%s: %d rows dropped: nothing supervised is left of them", name, (supervised == 0).sum())

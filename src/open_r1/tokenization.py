@@ -27,6 +27,7 @@ FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
         "labels": List(Value("int32")),
+        "tokens": Value("int32"),  # tokens kept
         "cut": Value("int32"),  # tokens beyond max_length
         "supervised": Value("int32"),  # tokens that count in the loss
     }
@@ -61,8 +62,8 @@ def tokenize_source(
 ) -> Dataset:
     """Tokenise `rows` (row numbers, increasing) of a source.
 
-    Returns a table of len(rows) with `input_ids`, `labels` (-100 where not supervised), `cut` and `supervised`
-    counts. Cached by content, so other ranks and later runs read it. Raises `UserError` naming source and row.
+    Returns a table of len(rows) with `input_ids`, `labels` (-100 where not supervised) and the counts `tokens`,
+    `cut` and `supervised`. Cached by content, so other ranks and later runs read it. Raises `UserError` naming source and row.
     """
     chosen = source.rows if len(rows) == len(source.rows) else source.rows.select(rows)
     render = assistant_spans(tokenizer)
@@ -200,6 +201,7 @@ def columns_of(pieces: list[tuple[list[int], list[int]]], how: Supervision) -> d
     return {
         "input_ids": [ids[part] for ids, _ in pieces],
         "labels": [labels[part] for _, labels in pieces],
+        "tokens": [len(ids[part]) for ids, _ in pieces],
         "cut": [max(0, len(ids) - limit) if limit is not None else 0 for ids, _ in pieces],
         "supervised": [sum(label != IGNORED for label in labels[part][1:]) for _, labels in pieces],
     }
