@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -25,6 +26,13 @@ def private_cache(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = cache
     os.environ["HF_DATASETS_CACHE"] = str(cache)  # for processes that tests launch
     return cache
+
+
+@pytest.fixture(autouse=True)
+def no_stale_log_handler():
+    """A run logs to the stderr it found; the next test has another."""
+    yield
+    logging.getLogger("open_r1").handlers.clear()
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,10 @@ from transformers import AutoTokenizer, BertTokenizerLegacy
 from trl import ModelConfig
 from trl.chat_template_utils import qwen2_5_chat_template, qwen3_chat_template
 
-from open_r1.chat import CHATML, assistant_spans, get_tokenizer
+from open_r1.chat import CHATML, get_tokenizer
 from open_r1.configs import SFTConfig
 from open_r1.errors import UserError
+from open_r1.supervision import conversation_rows, probe_template
 
 PLAIN_CHATML = (
     "{% for message in messages %}"
@@ -144,41 +145,44 @@ class TestTokens:
         assert tokenizer("<|im_end|>")["input_ids"] == [tokenizer.eos_token_id] == [401]
 
 
-def said(tokenizer, messages=TURNS):
-    text, spans = assistant_spans(tokenizer)(messages)
-    return [text[start:end] for start, end in spans]
+def said(tokenizer, messages=TURNS, on_rewritten="error"):
+    rows, _ = conversation_rows(messages, probe_template(tokenizer), on_rewritten=on_rewritten, empty_reasoning="mask")
+    return [text[start:end] for text, spans in rows for start, end in spans]
 
 
-class TestSpans:
-    def test_by_markers(self, tiny_model):
+class TestWhatTheModelSays:
+    def test_chatml(self, tiny_model):
         assert said(load(tiny_model)[0]) == ["  Eins. \n<|im_end|>", "Zwei.<|im_end|>"]
 
-    def test_by_prefix_for_plain_chatml(self, other_model):
+    def test_plain_chatml(self, other_model):
         assert said(load(other_model(PLAIN_CHATML))[0]) == ["  Eins. \n<|im_end|>", "Zwei.<|im_end|>"]
 
-    def test_by_prefix_for_another_template(self, other_model):
+    def test_another_template(self, other_model):
         tokenizer, _ = load(other_model(LLAMA, ["<|eot|>", "<bos>"], bos_token="<bos>"))
         assert said(tokenizer) == ["  Eins. \n<|eot|>", "Zwei.<|eot|>"]
 
-    def test_by_the_training_twin_of_a_template_that_trl_knows(self, other_model):
-        assert [turn.strip() for turn in said(load(other_model(qwen2_5_chat_template))[0])] == [
-            "Eins. \n<|im_end|>",
-            "Zwei.<|im_end|>",
-        ]
+    def test_templates_that_trl_knows(self, other_model):
+        assert said(load(other_model(qwen2_5_chat_template))[0]) == ["  Eins. \n<|im_end|>", "Zwei.<|im_end|>"]
         tokenizer, _ = load(other_model(qwen3_chat_template))
         turns = [TURNS[1], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nEins."}]
-        assert said(tokenizer, turns)[0].strip() == "<think>\nhm\n</think>\n\nEins.<|im_end|>"
+        assert said(tokenizer, turns) == ["<think>\nhm\n</think>\n\nEins.<|im_end|>"]
 
-    def test_a_template_that_rewrites_earlier_turns_is_refused_there(self, other_model):
+    def test_a_turn_that_the_template_rewrites_is_learnt_as_at_its_own_inference(self, other_model):
         strips = PLAIN_CHATML.replace(
-            "message['content']", "(message['content'] if loop.last else message['content'][:4])"
+            "message['content']",
+            "(message['content'] if loop.last or message['role'] == 'user' else message['content'][:4])",
         )
         tokenizer, _ = load(other_model(strips))
         assert said(tokenizer, TURNS[1:3]) == ["  Eins. \n<|im_end|>"]
-        with pytest.raises(ValueError, match="rewrites what comes before or in message"):
-            said(tokenizer)
+        with pytest.raises(ValueError, match="the chat template rewrites message 1 in the whole conversation"):
+            said(tokenizer, TURNS[1:])
+        assert said(tokenizer, TURNS[1:], "expand") == ["  Eins. \n<|im_end|>", "Zwei.<|im_end|>"]
+        assert said(tokenizer, TURNS[1:], "mask") == ["Zwei.<|im_end|>"]
 
     @pytest.mark.parametrize("name", ["openr1_distill", "smollm3"])
     def test_our_templates_mark_what_the_model_says(self, tiny_model, name):
         path = ROOT / "recipes" / "chat_templates" / f"{name}.jinja"
-        assert said(load(tiny_model, chat_template=str(path))[0])[1] == "Zwei.<|im_end|>"
+        tokenizer, _ = load(tiny_model, chat_template=str(path))
+        text, spans = probe_template(tokenizer).render_with_markers(TURNS)
+        assert [text[start:end] for start, end in spans] == said(tokenizer)
+        assert said(tokenizer)[1] == "Zwei.<|im_end|>"

@@ -117,12 +117,13 @@ def test_tools_and_template_arguments_reach_the_template(encode):
 
 def test_long_rows_are_cut_and_counted(encode):
     whole, _ = encode([{"messages": CHAT}])
-    cut, _ = encode([{"messages": CHAT}], max_length=20)
-    assert cut[0]["input_ids"] == whole[0]["input_ids"][:20]
-    assert cut[0]["labels"] == whole[0]["labels"][:20]
-    assert cut[0]["cut"] == len(whole[0]["input_ids"]) - 20
-    end, _ = encode([{"messages": CHAT}], max_length=20, truncation_mode="keep_end")
-    assert end[0]["input_ids"] == whole[0]["input_ids"][-20:]
+    cut, _ = encode([{"messages": CHAT}], max_length=40)
+    assert cut[0]["input_ids"] == whole[0]["input_ids"][:40]
+    assert cut[0]["labels"] == whole[0]["labels"][:40]
+    assert cut[0]["cut"] == len(whole[0]["input_ids"]) - 40
+    assert (cut[0]["answers"], cut[0]["lost_end"]) == (2, 2)
+    end, _ = encode([{"messages": CHAT}], max_length=40, truncation_mode="keep_end")
+    assert end[0]["input_ids"] == whole[0]["input_ids"][-40:]
     spread, _ = encode([{"messages": CHAT}], max_length=20, packing=True, packing_strategy="bfd_split")
     assert spread[0]["input_ids"] == whole[0]["input_ids"]
 
@@ -159,10 +160,9 @@ class TestPrepare:
         long = [{"role": "user", "content": "why " * 200}, CHAT[1]]
         path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": CHAT}, {"messages": long}, {"messages": CHAT}])
         caplog.set_level("INFO", "open_r1")
-        train, _ = self.prepare(tiny_model, path, self.arguments(max_length=150))
+        train = self.prepare(tiny_model, path, self.arguments(max_length=150)).train
         assert len(train) == 2
-        assert "1 rows dropped: nothing supervised is left of them" in caplog.text
-        assert "1 rows are longer than max_length 150" in caplog.text
+        assert "1 rows dropped: nothing supervised in it" in caplog.text
 
     def test_no_row_left_is_an_error(self, tiny_model, tmp_path):
         path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": CHAT}])
@@ -170,32 +170,33 @@ class TestPrepare:
             self.prepare(tiny_model, path, self.arguments(max_length=5))
 
     def test_packing_keeps_every_token(self, tiny_model, chat_file):
-        loose, _ = self.prepare(tiny_model, chat_file, self.arguments(max_length=256))
-        packed, held_out = self.prepare(
+        loose = self.prepare(tiny_model, chat_file, self.arguments(max_length=256)).train
+        prepared = self.prepare(
             tiny_model, chat_file, self.arguments(max_length=256, packing=True, do_eval=True), test_split_size=0.2
         )
+        packed, held_out = prepared.train, prepared.eval
         assert set(packed.column_names) == {"input_ids", "labels", "seq_lengths"}
         assert sum(map(len, packed["input_ids"])) + sum(map(len, held_out["input_ids"])) == sum(
             map(len, loose["input_ids"])
         )
         assert sum(map(len, packed["seq_lengths"])) + sum(map(len, held_out["seq_lengths"])) == len(loose)
-        _, unpacked = self.prepare(
+        unpacked = self.prepare(
             tiny_model,
             chat_file,
             self.arguments(max_length=256, packing=True, eval_packing=False, do_eval=True),
             test_split_size=0.2,
-        )
+        ).eval
         assert set(unpacked.column_names) == {"input_ids", "labels"}
 
     def test_a_second_preparation_reads_no_row(self, tiny_model, chat_file, monkeypatch):
-        first, _ = self.prepare(tiny_model, chat_file, self.arguments(max_length=77))
-        monkeypatch.setattr("open_r1.tokenization.render_row", lambda *_: pytest.fail("a row was tokenised again"))
-        second, _ = self.prepare(tiny_model, chat_file, self.arguments(max_length=77))
+        first = self.prepare(tiny_model, chat_file, self.arguments(max_length=77)).train
+        monkeypatch.setattr("open_r1.tokenization.row_pieces", lambda *_: pytest.fail("a row was tokenised again"))
+        second = self.prepare(tiny_model, chat_file, self.arguments(max_length=77)).train
         assert first["input_ids"] == second["input_ids"]
 
     def test_shuffle_dataset_is_honoured(self, tiny_model, chat_file):
-        plain, _ = self.prepare(tiny_model, chat_file, self.arguments())
-        shuffled, _ = self.prepare(tiny_model, chat_file, self.arguments(shuffle_dataset=True))
+        plain = self.prepare(tiny_model, chat_file, self.arguments()).train
+        shuffled = self.prepare(tiny_model, chat_file, self.arguments(shuffle_dataset=True)).train
         assert plain["input_ids"] != shuffled["input_ids"]
         assert sorted(plain["input_ids"]) == sorted(shuffled["input_ids"])
 
@@ -210,7 +211,7 @@ class TestPrepare:
         )
         from open_r1.data import get_dataset
 
-        train, _ = prepare(args, arguments, tokenizer)
+        train = prepare(args, arguments, tokenizer).train
         raw = get_dataset(args)["train"]["text"]
         assert [tokenizer.decode(ids) for ids in train["input_ids"]] == [f"{text}<|im_end|>" for text in raw]
         assert len(train) == 100

@@ -1,16 +1,12 @@
-"""The tokenizer with its chat template, stop token and padding settled, and what the assistant says in a rendering."""
+"""The tokenizer with its chat template, stop token and padding settled."""
 
 import logging
 import re
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from open_r1.errors import UserError
 
@@ -20,9 +16,6 @@ if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
 
 logger = logging.getLogger(__name__)
-Messages = list[dict[str, Any]]
-# A rendered conversation and the character spans [start, end) that the assistant says in it.
-Rendering = tuple[str, list[tuple[int, int]]]
 
 # https://github.com/openai/openai-python/blob/v0.28.1/chatml.md with the assistant's words and stop token marked.
 CHATML = """\
@@ -131,7 +124,10 @@ def settle_stop_token(tokenizer: PreTrainedTokenizerBase, training_args: "SFTCon
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The special token that follows the assistant's content in a rendering, None when there is none."""
+    """The token that ends the assistant's content in a rendering, None when there is none.
+
+    Of several in a row the last: before it the template may close the response (`<|END_RESPONSE|>` of Cohere).
+    """
     said = "x7q"
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
     try:
@@ -140,8 +136,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
         raise UserError(f"the chat template cannot render a user and an assistant turn: {error}") from error
     tail = text[text.rfind(said) + len(said) :]
     special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-    found = re.search("|".join(re.escape(token) for token in special), tail) if special else None
-    return found.group() if found else None
+    found = re.search(f"({'|'.join(map(re.escape, special))})+", tail) if special else None
+    return found[1] if found else None
 
 
 def settle_padding(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -153,56 +149,3 @@ def settle_padding(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.pad_token = spare[0] if spare else tokenizer.eos_token
     if not spare:
         logger.warning("padding with EOS: the vocabulary has no token to spare (labels are masked, so none is learnt)")
-
-
-def assistant_spans(tokenizer: PreTrainedTokenizerBase) -> Callable[..., Rendering]:
-    """How to render a conversation and find what the assistant says in it, for this tokenizer's template.
-
-    By `{% generation %}` markers where the template has them; else by the training twin that TRL ships for it; else
-    by rendering up to each turn, which is exact for templates that only ever append.
-    """
-    template = tokenizer.chat_template
-    if has_generation_markers(template):
-        return partial(spans_by_markers, template=template, special=tokenizer.special_tokens_map)
-    try:
-        twin = get_training_chat_template(tokenizer)
-    except ValueError:
-        return partial(
-            spans_by_prefix, template=template, special=tokenizer.special_tokens_map, stop=tokenizer.eos_token
-        )
-    return partial(spans_by_markers, template=twin, special=tokenizer.special_tokens_map)
-
-
-def spans_by_markers(messages: Messages, *, template: str, special: dict[str, Any], **kwargs: Any) -> Rendering:
-    """Spans inside `{% generation %}`."""
-    texts, spans = render_jinja_template(
-        [messages], chat_template=template, return_assistant_tokens_mask=True, **{**special, **kwargs}
-    )
-    return texts[0], [tuple(span) for span in spans[0]]
-
-
-def spans_by_prefix(
-    messages: Messages, *, template: str, special: dict[str, Any], stop: str, **kwargs: Any
-) -> Rendering:
-    """Spans from the end of each generation prompt to the stop token. Raises `ValueError` when a turn is rewritten."""
-
-    def render(upto: int, prompt: bool) -> str:
-        texts, _ = render_jinja_template(
-            [messages[:upto]], chat_template=template, add_generation_prompt=prompt, **{**special, **kwargs}
-        )
-        return texts[0]
-
-    text = render(len(messages), prompt=False)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, after = render(index, prompt=True), render(index + 1, prompt=False)
-        if not text.startswith(before) or not text.startswith(after):
-            raise ValueError(
-                f"the chat template rewrites what comes before or in message {index}, so what the model says there "
-                "cannot be told; put {% generation %} markers into the template, or set assistant_only_loss: false"
-            )
-        end = text.rfind(stop, len(before), len(after))
-        spans.append((len(before), len(after) if end < 0 else end + len(stop)))
-    return text, spans

@@ -100,7 +100,48 @@ class SFTConfig(trl.SFTConfig):
 
     assistant_only_loss: bool | None = field(
         default=None,
-        metadata={"help": "Loss on what the assistant says only. Default: true for conversations."},
+        metadata={"help": "TRL's name: true is supervision: assistant, false is supervision: full."},
+    )
+    supervision: str = field(
+        default="assistant",
+        metadata={
+            "help": "What of a conversation is learnt: assistant (every turn, as inference asks for it), last_turn, "
+            "full (everything), or template (what stands in the template's generation blocks).",
+            "choices": ["assistant", "last_turn", "full", "template"],
+        },
+    )
+    on_rewritten_turn: str = field(
+        default="expand",
+        metadata={
+            "help": "A turn that the template rewrites in the whole conversation (reasoning stripped, say) becomes a "
+            "row of its own (expand), is not learnt (mask), or is an error.",
+            "choices": ["expand", "mask", "error"],
+        },
+    )
+    empty_reasoning: str = field(
+        default="mask",
+        metadata={
+            "help": "Whether an empty reasoning block that only the template writes is learnt.",
+            "choices": ["mask", "supervise"],
+        },
+    )
+    on_long_row: str = field(
+        default="truncate",
+        metadata={
+            "help": "What becomes of a row longer than max_length; split is for plain text.",
+            "choices": ["truncate", "drop", "error", "split"],
+        },
+    )
+    on_bad_row: str = field(
+        default="error",
+        metadata={
+            "help": "A row that cannot be trained on is an error, or dropped and counted.",
+            "choices": ["error", "drop"],
+        },
+    )
+    max_truncated_answers: float | None = field(
+        default=None,
+        metadata={"help": "Stop when more than this share of the answers loses its end to max_length."},
     )
     chat_template: str | None = field(
         default=None,
@@ -144,6 +185,10 @@ class SFTConfig(trl.SFTConfig):
             self.activation_checkpointing = True
         if self.activation_checkpointing is None:
             self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
+        if self.assistant_only_loss is False and self.supervision == "assistant":
+            self.supervision = "full"
+        if self.assistant_only_loss and self.supervision == "full":
+            raise ValueError("assistant_only_loss: true and supervision: full exclude each other; keep supervision")
         self._settle_precision()
         if self.benchmarks:
             raise ValueError(f"benchmarks {self.benchmarks} are not available yet; evaluate the saved model instead")

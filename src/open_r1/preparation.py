@@ -5,7 +5,7 @@ collective meanwhile.
 """
 
 import hashlib
-import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,40 +16,53 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
+from open_r1 import ledger
 from open_r1.data import Source, load_sources
 from open_r1.errors import UserError
 from open_r1.mixture import draw, numbered
-from open_r1.tokenization import Supervision, tokenize_source
+from open_r1.tokenization import COUNTS, Supervision, tokenize_source
 
 if TYPE_CHECKING:
     from open_r1.configs import ScriptArguments, SFTConfig
 
-logger = logging.getLogger(__name__)
+
+@dataclass
+class Prepared:
+    """Rows for the trainer (`input_ids`, `labels`, packed also `seq_lengths`) and the ledgers of their making."""
+
+    train: Dataset
+    eval: Dataset | None = None
+    ledgers: list[ledger.Entry] = field(default_factory=list)
 
 
 def prepare(
     script_args: "ScriptArguments", training_args: "SFTConfig", tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset, Dataset | None]:
-    """The train and evaluation rows of a recipe: `input_ids`, `labels` and, when packed, `seq_lengths`.
+) -> Prepared:
+    """Prepare the rows of a recipe; evaluation rows only when `eval_strategy` or `do_eval` asks for them.
 
-    Evaluation rows are None unless `eval_strategy` or `do_eval` asks for them. Raises `UserError`.
+    Raises `UserError` for data that cannot be trained on.
     """
     if unknown := set(training_args.dataset_kwargs or {}) - {"skip_prepare_dataset"}:
         raise UserError(f"dataset_kwargs: {', '.join(sorted(unknown))} is not known; data is prepared from other keys")
-    evaluate = training_args.do_eval
+    args, evaluate = training_args, training_args.do_eval
     with FileLock(lock_path(script_args)):
-        sources, held_out = load_sources(script_args, training_args.dataset_text_field, evaluate)
+        sources, held_out = load_sources(script_args, args.dataset_text_field, evaluate)
         names = [source.name for source in sources]
         orders = draw([len(s.rows) for s in sources], [s.weight for s in sources], script_args, names)
-        train = assemble("train", sources, orders["train"], tokenizer, training_args, training_args.packing)
-        if not evaluate:
-            return train, None
-        packing = training_args.packing if training_args.eval_packing is None else training_args.eval_packing
-        order = orders["test"] if "test" in orders and not held_out else None
-        if held_out or order is None:
-            sources = held_out
-            order = concatenate_datasets([numbered(number, len(s.rows)) for number, s in enumerate(held_out)])
-        return train, assemble("eval", sources, order, tokenizer, training_args, packing)
+        train, closed = assemble("train", sources, orders["train"], tokenizer, args, args.packing)
+        prepared = Prepared(train, None, [closed])
+        if evaluate:
+            packing = args.packing if args.eval_packing is None else args.eval_packing
+            order = orders.get("test")
+            if held_out:
+                sources = held_out
+                order = concatenate_datasets([numbered(number, len(s.rows)) for number, s in enumerate(held_out)])
+            prepared.eval, closed = assemble("eval", sources, order, tokenizer, args, packing)
+            prepared.ledgers.append(closed)
+    for closed in prepared.ledgers:
+        ledger.show(closed)
+    ledger.require_answers(prepared.ledgers[0], args.max_truncated_answers)
+    return prepared
 
 
 def lock_path(script_args: "ScriptArguments") -> Path:
@@ -66,46 +79,42 @@ def assemble(
     tokenizer: PreTrainedTokenizerBase,
     args: "SFTConfig",
     packing: bool,
-) -> Dataset:
-    """Tokenise what `order` draws, lay it out in that order, drop rows with nothing to learn (counted), and pack."""
+) -> tuple[Dataset, ledger.Entry]:
+    """Tokenise what `order` draws, lay it out in that order without what was dropped, and pack; with its ledger."""
     how = Supervision.of(args, packing)
     drawn_from, drawn_rows = np.array(order["source"]), np.array(order["row"])
-    tables, places, start = [], np.zeros(len(order), dtype=np.int64), 0
+    tables, entries, start = [], [], 0
+    first, last = np.zeros(len(order), dtype=np.int64), np.zeros(len(order), dtype=np.int64)
     for number, source in enumerate(sources):
         mine = drawn_from == number
         rows, position = np.unique(drawn_rows[mine], return_inverse=True)
         table = tokenize_source(source, rows, tokenizer, how, args.dataset_num_proc)
-        places[mine] = start + position
-        account(part, source, table, position, how)
+        columns = {name: np.array(table[name]) for name in ("row", "digest", "dropped", *COUNTS)}
+        first[mine] = start + np.searchsorted(columns["row"], position, side="left")
+        last[mine] = start + np.searchsorted(columns["row"], position, side="right")
+        splits = how.on_long_row == "split"
+        drawn = np.bincount(position, minlength=len(rows))
+        entries.append(ledger.entry_of(source.name, len(source.rows), drawn, columns, splits))
         tables.append(table)
-        start += len(rows)
+        start += len(table)
     together = concatenate_datasets(tables)
-    learnable = np.array(together["supervised"]) > 0
-    chosen = together.select(places[learnable[places]]).select_columns(["input_ids", "labels"])
-    if len(chosen) == 0:
+    places = ranges(first, last)
+    places = places[np.array([reason is None for reason in together["dropped"]])[places]]
+    if len(places) == 0:
         raise UserError(f"no row of the {part} data has a supervised token within max_length {args.max_length}")
+    chosen = together.select(places).select_columns(["input_ids", "labels"])
     if args.shuffle_dataset:
         chosen = chosen.shuffle(seed=args.seed)
-    if not packing:
-        return chosen
-    packed = pack_dataset(chosen, args.max_length, args.packing_strategy, {"desc": f"Packing {part}"})
-    logger.info("%s: %d rows packed into %d of %d tokens", part, len(chosen), len(packed), args.max_length)
-    return packed
+    batch = args.per_device_train_batch_size if part == "train" else args.per_device_eval_batch_size
+    lengths = np.array(together["tokens"])[places]
+    if packing:
+        chosen = pack_dataset(chosen, args.max_length, args.packing_strategy, {"desc": f"Packing {part}"})
+    closed = ledger.close(part, entries, lengths, batch, len(chosen) if packing else None, args.max_length)
+    return chosen, closed
 
 
-def account(part: str, source: Source, table: Dataset, position: np.ndarray, how: Supervision) -> None:
-    """Say what became of a source: rows drawn, tokens, share supervised, and everything cut or dropped."""
-    tokens, cut, supervised = (np.array(table[count])[position] for count in ("tokens", "cut", "supervised"))
-    rows, name = len(source.rows), f"{part} {source.name}"
-    share = 100 * supervised.sum() / max(1, tokens.sum())
-    logger.info("%s: %d of %d rows, %d tokens, %.1f %% supervised", name, len(position), rows, tokens.sum(), share)
-    if (cut > 0).any():
-        logger.warning(
-            "%s: %d rows are longer than max_length %d; %d tokens are cut off",
-            name,
-            (cut > 0).sum(),
-            how.max_length,
-            cut.sum(),
-        )
-    if (supervised == 0).any():
-        logger.warning("%s: %d rows dropped: nothing supervised is left of them", name, (supervised == 0).sum())
+def ranges(first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """The numbers first[0] .. last[0] - 1, first[1] .. last[1] - 1, and so on."""
+    counts = last - first
+    skipped = np.cumsum(counts) - counts
+    return np.repeat(first - skipped, counts) + np.arange(counts.sum())

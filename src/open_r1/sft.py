@@ -55,6 +55,7 @@ def run(recipe: Recipe) -> int:
     from transformers import set_seed
     from trl import SFTTrainer
 
+    from open_r1 import ledger
     from open_r1.callbacks import get_callbacks, ready_branch
     from open_r1.chat import get_tokenizer
     from open_r1.model import adapter_config, check_model, fit_vocabulary, get_model
@@ -69,7 +70,7 @@ def run(recipe: Recipe) -> int:
     callbacks = get_callbacks(training_args)
 
     tokenizer = get_tokenizer(model_args, training_args)
-    train_rows, eval_rows = prepare(script_args, training_args, tokenizer)
+    prepared = prepare(script_args, training_args, tokenizer)
 
     if training_args.process_index == 0:
         ready_branch(training_args)
@@ -79,17 +80,19 @@ def run(recipe: Recipe) -> int:
     trainer = SFTTrainer(
         model=model,
         args=trainer_arguments(training_args),
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.eval,
         processing_class=tokenizer,
         peft_config=adapter_config(model_args, model, tokenizer),
         callbacks=callbacks,
     )
+    if trainer.is_world_process_zero():
+        ledger.write(output_dir, prepared.ledgers)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model(output_dir, _internal_call=True)  # without pushing: that comes last
     trainer.save_state()
     trainer.save_metrics("train", metrics)
-    failed = after_saving(trainer, script_args, evaluate=eval_rows is not None)
+    failed = after_saving(trainer, script_args, evaluate=prepared.eval is not None)
     if trainer.is_world_process_zero():
         if not failed:
             mark_finished(output_dir, trainer.state.global_step, settings)

@@ -1,45 +1,78 @@
-"""Raw rows -> `input_ids` and `labels`, in one batched pass per source; every row and token that is cut is counted."""
+"""Raw rows -> `input_ids` and `labels`, in one batched pass per source; every row and token is accounted for.
+
+The pass writes int32 ids and labels and, for each row, small counts from which the ledger is added up. No text and no
+intermediate column is written.
+"""
 
 import hashlib
 import json
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from open_r1.chat import assistant_spans
 from open_r1.data import Source
 from open_r1.errors import BadRow, UserError
 from open_r1.formats import Row
+from open_r1.supervision import (
+    CLOSE,
+    OPEN,
+    Rendering,
+    Template,
+    conversation_rows,
+    mark_control_tokens,
+    probe_template,
+)
 
 if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
 
-logger = logging.getLogger(__name__)
-VERSION = 1  # part of the cache key: raise it whenever this module would tokenise a row differently
+VERSION = 2  # part of the cache key: raise it whenever this package would tokenise a row differently
 IGNORED = -100
-FEATURES = Features(
+TEXT_BYTES = 2**21  # characters encoded at once, so that memory is bounded by bytes, not by rows
+COUNTS = ("tokens", "supervised", "cut", "answers", "lost_end", "masked_turns", "control_tokens", "stop_added")
+SCHEMA = pa.schema(
     {
-        "input_ids": List(Value("int32")),
-        "labels": List(Value("int32")),
-        "tokens": Value("int32"),  # tokens kept
-        "cut": Value("int32"),  # tokens beyond max_length
-        "supervised": Value("int32"),  # tokens that count in the loss
+        "input_ids": pa.list_(pa.int32()),
+        "labels": pa.list_(pa.int32()),
+        "row": pa.int32(),
+        **dict.fromkeys(COUNTS, pa.int32()),
+        "digest": pa.int64(),
+        "dropped": pa.string(),
     }
 )
+FEATURES = Features(
+    {
+        "input_ids": List(Value("int32")),  # empty in a row that was dropped
+        "labels": List(Value("int32")),  # -100 where not supervised
+        "row": Value("int32"),  # which of the source's chosen rows this comes from
+        **{name: Value("int32") for name in COUNTS},
+        "digest": Value("int64"),  # equal for equal ids and labels
+        "dropped": Value("string"),  # why there is nothing to train on, null otherwise
+    }
+)
+"""What the counts count, per row: `tokens` kept; `supervised` of them, as far as they enter the loss; `cut` tokens
+beyond max_length; `answers` the supervised stretches and `lost_end` those of them whose end was cut off;
+`masked_turns` rewritten and not trained; `control_tokens` spelled out in contents and encoded as text; `stop_added`
+stop tokens that the template does not write."""
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """What `SFTConfig` says about labels and length, as far as tokenising depends on it."""
+    """What the recipe says about labels, length and bad rows, as far as tokenising depends on it."""
 
-    assistant_only: bool
+    supervision: str
     completion_only: bool
+    on_rewritten_turn: str
+    empty_reasoning: str
+    on_long_row: str
+    on_bad_row: str
     max_length: int | None
     keep_end: bool
     system_prompt: str | None
@@ -49,25 +82,43 @@ class Supervision:
         """Read it from the training arguments; `bfd_split` and `wrapped` packing cut nothing, they spread rows."""
         spreads = packing and args.packing_strategy != "bfd"
         return cls(
-            assistant_only=args.assistant_only_loss is not False,
+            supervision=args.supervision,
             completion_only=args.completion_only_loss is not False,
+            on_rewritten_turn=args.on_rewritten_turn,
+            empty_reasoning=args.empty_reasoning,
+            on_long_row=args.on_long_row,
+            on_bad_row=args.on_bad_row,
             max_length=None if spreads else args.max_length,
             keep_end=args.truncation_mode == "keep_end",
             system_prompt=args.system_prompt,
         )
 
 
+@dataclass
+class Piece:
+    """One row to train on while it is being made: text and spans, then ids and labels."""
+
+    row: int
+    counts: Counter
+    text: str = ""
+    spans: list[tuple[int, int]] | None = None
+    add_bos: bool = False
+    ids: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    dropped: str | None = None
+
+
 def tokenize_source(
     source: Source, rows: np.ndarray, tokenizer: PreTrainedTokenizerBase, how: Supervision, num_proc: int | None = None
 ) -> Dataset:
-    """Tokenise `rows` (row numbers, increasing) of a source.
+    """Tokenise `rows` (row numbers, increasing) of a source into a table of `FEATURES`, sorted by `row`.
 
-    Returns a table of len(rows) with `input_ids`, `labels` (-100 where not supervised) and the counts `tokens`,
-    `cut` and `supervised`. Cached by content, so other ranks and later runs read it. Raises `UserError` naming source and row.
+    A raw row gives one row, several where turns are expanded or texts split, or one with `dropped` set. Cached by
+    content, so that other ranks and later runs read it. Raises `UserError` naming source and row.
     """
     chosen = source.rows if len(rows) == len(source.rows) else source.rows.select(rows)
-    render = assistant_spans(tokenizer)
-    encode = partial(encode_batch, to_row=source.to_row, tokenizer=tokenizer, render=render, how=how)
+    template = probe_template(tokenizer) if tokenizer.chat_template else None
+    encode = partial(encode_batch, to_row=source.to_row, tokenizer=tokenizer, template=template, how=how)
     try:
         return chosen.map(
             encode,
@@ -89,12 +140,12 @@ def cache_key(chosen: Dataset, source: Source, tokenizer: PreTrainedTokenizerBas
     parts = [
         VERSION,
         chosen._fingerprint,
-        repr(getattr(source.to_row, "func", source.to_row).__name__),
-        repr(getattr(source.to_row, "keywords", {})),
+        getattr(source.to_row, "func", source.to_row).__name__,
+        getattr(source.to_row, "keywords", {}),
         json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None},
         tokenizer.chat_template,
         tokenizer.special_tokens_map,
-        [getattr(how, field.name) for field in fields(how)],
+        asdict(how),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
@@ -105,66 +156,100 @@ def encode_batch(
     *,
     to_row: Callable[[Row], Row],
     tokenizer: PreTrainedTokenizerBase,
-    render: Callable[..., Any],
+    template: Template | None,
     how: Supervision,
-) -> dict[str, list[Any]]:
+) -> pa.Table:
     """Tokenise and label a batch of raw rows. Raises `BadRow` with the index of the first row that is wrong."""
-    texts: list[str] = []
-    spans: list[list[tuple[int, int]]] = []
-    ready: dict[int, Row] = {}
-    plain: list[bool] = []
+    pieces: list[Piece] = []
     for position, index in enumerate(indices):
+        raw = {column: values[position] for column, values in batch.items()}
         try:
-            row = to_row({column: values[position] for column, values in batch.items()})
-            if "input_ids" in row:
-                ready[position] = row
-                continue
-            text, said, is_plain = render_row(row, tokenizer, render, how)
-        except (ValueError, TypeError, KeyError) as error:
-            raise BadRow(index, str(error)) from error
-        except Exception as error:  # a template may raise anything; it is still this row's
-            raise BadRow(index, f"cannot be rendered: {type(error).__name__}: {error}") from error
-        texts.append(text)
-        spans.append(said)
-        plain.append(is_plain)
-    encoded = iter(encode_texts(texts, spans, plain, tokenizer))
-    pieces = [
-        (ready[p]["input_ids"], ready[p]["labels"]) if p in ready else next(encoded) for p in range(len(indices))
-    ]
-    return columns_of(pieces, how)
+            made = row_pieces(to_row(raw), index, tokenizer, template, how)
+            for piece in made:
+                if OPEN in piece.text:
+                    encode_marked(piece, tokenizer)
+            pieces += made
+        except Exception as error:  # also a template may raise anything; it is still this row's fault
+            problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            if how.on_bad_row == "error":
+                raise BadRow(index, problem) from error
+            pieces.append(Piece(index, Counter(), dropped=f"bad row: {problem.partition(';')[0][:60]}"))
+    encode_pieces([piece for piece in pieces if piece.spans is not None], tokenizer)
+    return table_of([cut for piece in pieces for cut in fit_length(piece, how)])
 
 
-def render_row(
-    row: Row, tokenizer: PreTrainedTokenizerBase, render: Callable[..., Any], how: Supervision
-) -> tuple[str, list[tuple[int, int]], bool]:
-    """A row in TRL's format as text, its supervised character spans, and whether BOS is still to be added."""
+def row_pieces(
+    row: Row, index: int, tokenizer: PreTrainedTokenizerBase, template: Template | None, how: Supervision
+) -> list[Piece]:
+    """A row in TRL's format as texts with supervised spans, or as the ids that it brings."""
+    if "input_ids" in row:
+        ids, labels = (np.asarray(row[name], dtype=np.int32) for name in ("input_ids", "labels"))
+        return [Piece(index, Counter(), ids=ids, labels=labels)]
     if "text" in row:
         text = with_stop(row["text"], tokenizer)
-        return text, [(0, len(text))], True
+        return [Piece(index, Counter(), text, [(0, len(text))], add_bos=True)]
     if isinstance(row.get("prompt"), str):
         text = with_stop(row["prompt"] + row["completion"], tokenizer)
-        return text, [(len(row["prompt"]) if how.completion_only else 0, len(text))], True
+        start = len(row["prompt"]) if how.completion_only else 0
+        return [Piece(index, Counter(), text, [(start, len(text))], add_bos=True)]
     messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
-    first_said = 0 if "messages" in row or not how.completion_only else len(row["prompt"])
+    given = 0 if "messages" in row or not how.completion_only else len(row["prompt"])
     if how.system_prompt is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": how.system_prompt}, *messages]
-        first_said += bool(first_said)
+        messages, given = [{"role": "system", "content": how.system_prompt}, *messages], given and given + 1
+    renderings, counts = render_conversation(messages, given, template_kwargs(row), template, how)
+    pieces = [Piece(index, Counter(), text, spans) for text, spans in renderings]
+    pieces[0].counts.update(counts)
+    return pieces
+
+
+def template_kwargs(row: Row) -> dict[str, Any]:
+    """A row's tools and template arguments, absent ones left out."""
     tools = row.get("tools")
-    kwargs = {
-        "tools": json.loads(tools) if isinstance(tools, str) else tools,
-        **{key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None},
-    }
-    if not how.assistant_only:
-        template = tokenizer.get_chat_template(tools=kwargs["tools"])
-        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **kwargs)
-        return text, [(0, len(text))], False
-    text, said = render(messages, **kwargs)
-    if first_said:
-        turns_before = sum(message["role"] == "assistant" for message in messages[:first_said])
-        said = said[turns_before:]
-    if not said:
-        raise ValueError("no assistant turn to learn from; add one, or set assistant_only_loss: false")
-    return text, said, False
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    given = {key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
+    return {**({"tools": tools} if tools else {}), **given}
+
+
+def render_conversation(
+    messages: list[Row], given: int, kwargs: dict[str, Any], template: Template, how: Supervision
+) -> tuple[list[Rendering], Counter]:
+    """Texts and spans of a conversation whose first `given` messages are prompt. Control tokens in it are marked."""
+    spelled = sum(len(template.control.findall(text)) for text in texts_in([messages, kwargs]))
+    if spelled:
+        messages, kwargs = (
+            mark_control_tokens(messages, template.control),
+            mark_control_tokens(kwargs, template.control),
+        )
+    if how.supervision == "full":
+        text = template.render(messages, **kwargs)
+        renderings, counts = [(text, [(0, len(text))])], Counter()
+    elif not any(message["role"] == "assistant" for message in messages[given:]):
+        raise ValueError("no assistant turn to learn from; add one, or set supervision: full")
+    elif how.supervision == "template":
+        text, spans = template.render_with_markers(messages, **kwargs)
+        turns_before = sum(message["role"] == "assistant" for message in messages[:given])
+        renderings, counts = [(text, spans[turns_before:])], Counter()
+    else:
+        first = len(messages) - 1 if how.supervision == "last_turn" else given
+        renderings, counts = conversation_rows(
+            messages,
+            template,
+            first=first,
+            on_rewritten=how.on_rewritten_turn,
+            empty_reasoning=how.empty_reasoning,
+            **kwargs,
+        )
+    counts["control_tokens"] = spelled
+    return renderings, counts
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text inside lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(item)
 
 
 def with_stop(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -172,36 +257,143 @@ def with_stop(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
 
 
-def encode_texts(
-    texts: list[str], spans: list[list[tuple[int, int]]], plain: list[bool], tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels of each text; a token is supervised when it holds a character of a span."""
-    if not texts:
-        return []
-    # Rows of one source are of one format, so either all or none still need BOS: templates write their own.
-    encoded = tokenizer(
-        texts, add_special_tokens=plain[0], return_offsets_mapping=True, return_attention_mask=False, verbose=False
-    )
-    pieces = []
-    for ids, offsets, said in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True):
-        starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
-        supervised = np.zeros(len(ids), dtype=bool)
-        for start, end in said:
-            supervised |= (starts < end) & (ends > start)
-        if plain[0] and said[0][0] == 0:
-            supervised |= starts == ends  # BOS of a text that is trained on in full
-        pieces.append((ids, np.where(supervised, ids, IGNORED).tolist()))
-    return pieces
+def encode_pieces(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Fill in ids and labels: a token is supervised when it holds a character of a span."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = False  # the encoding of marked texts may have left it on
+    plain = [piece for piece in pieces if piece.ids is None]
+    for group in by_bytes(plain):
+        # Rows of one source are of one format, so either all or none still need BOS: templates write their own.
+        encodings = backend.encode_batch([piece.text for piece in group], add_special_tokens=group[0].add_bos)
+        for piece, encoding in zip(group, encodings, strict=True):
+            piece.ids = np.array(encoding.ids, dtype=np.int32)
+            piece.labels = np.full(len(piece.ids), IGNORED, dtype=np.int32)
+            for start, end in piece.spans:
+                first, last = token_range(encoding, start, end)
+                piece.labels[first:last] = piece.ids[first:last]
+            if piece.add_bos and piece.spans[0][0] == 0:
+                piece.labels[:] = piece.ids  # a text that is trained on in full, BOS included
 
 
-def columns_of(pieces: list[tuple[list[int], list[int]]], how: Supervision) -> dict[str, list[Any]]:
-    """Cut to `max_length` and count what was cut and what is left to learn from."""
-    limit = how.max_length
-    part = slice(None) if limit is None else slice(-limit, None) if how.keep_end else slice(None, limit)
-    return {
-        "input_ids": [ids[part] for ids, _ in pieces],
-        "labels": [labels[part] for _, labels in pieces],
-        "tokens": [len(ids[part]) for ids, _ in pieces],
-        "cut": [max(0, len(ids) - limit) if limit is not None else 0 for ids, _ in pieces],
-        "supervised": [sum(label != IGNORED for label in labels[part][1:]) for _, labels in pieces],
-    }
+def by_bytes(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in groups of about `TEXT_BYTES` characters."""
+    group: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece.text)
+        if size >= TEXT_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def token_range(encoding: Any, start: int, end: int) -> tuple[int, int]:
+    """The tokens [first, last) that hold characters [start, end); characters that no token holds are skipped."""
+    while start < end and (first := encoding.char_to_token(start)) is None:
+        start += 1
+    while start < end and (last := encoding.char_to_token(end - 1)) is None:
+        end -= 1
+    return (first, last + 1) if start < end else (0, 0)
+
+
+def encode_marked(piece: Piece, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Encode a text in which control tokens that a user spelled out are marked: those become plain text.
+
+    Pieces between marks and span ends are encoded one by one, as inference encodes a prompt apart from its answer.
+    """
+    supervised = np.zeros(len(piece.text), dtype=bool)
+    for start, end in piece.spans:
+        supervised[start:end] = True
+    bounds = sorted({0, len(piece.text), *(bound for span in piece.spans for bound in span)} | marks_in(piece.text))
+    ids: list[int] = []
+    labels: list[int] = []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        literal = piece.text[start] == OPEN
+        text = piece.text[start:end].strip(OPEN + CLOSE)
+        part = encode_alone(text, tokenizer, literal)
+        ids += part
+        labels += part if supervised[start] else [IGNORED] * len(part)
+    piece.ids, piece.labels = np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32)
+
+
+def marks_in(text: str) -> set[int]:
+    """Where marked stretches begin and end."""
+    return {place + (mark == CLOSE) for place, mark in enumerate(text) if mark in (OPEN, CLOSE)}
+
+
+def encode_alone(text: str, tokenizer: PreTrainedTokenizerBase, literal: bool) -> list[int]:
+    """Ids of a stretch of text; `literal`: control tokens as the text they are. Raises `ValueError` if it cannot."""
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=literal) if text else []
+    if literal and tokenizer.convert_tokens_to_ids(text) in ids:
+        raise ValueError(f"{text!r} stands in a content and this tokenizer has no way to encode it as text; remove it")
+    return ids
+
+
+def fit_length(piece: Piece, how: Supervision) -> list[Piece]:
+    """Apply `on_long_row` to a row longer than `max_length`, and count. Raises `BadRow` when that is `error`."""
+    if piece.dropped is not None:
+        return [piece]
+    limit, size = how.max_length, len(piece.ids)
+    piece.counts["answers"] = len(ends_of_answers(piece.labels))
+    if limit is None or size <= limit:
+        return [counted(piece)]
+    if how.on_long_row == "error":
+        raise BadRow(piece.row, f"{size} tokens exceed max_length {limit}; raise it, or set on_long_row")
+    if how.on_long_row == "drop":
+        return [Piece(piece.row, Counter(cut=size), dropped="longer than max_length")]
+    if how.on_long_row == "split" and not piece.add_bos:
+        raise BadRow(piece.row, "on_long_row: split is for plain text; an answer cut in pieces teaches no answer")
+    if how.on_long_row == "split":
+        starts = range(0, size, limit)
+        parts = [
+            Piece(piece.row, Counter(answers=1), ids=piece.ids[s : s + limit], labels=piece.labels[s : s + limit])
+            for s in starts
+        ]
+        return [counted(part) for part in parts]
+    part = slice(size - limit, None) if how.keep_end else slice(None, limit)
+    piece.counts["cut"] = size - limit
+    piece.counts["lost_end"] = 0 if how.keep_end else int((ends_of_answers(piece.labels) >= limit).sum())
+    piece.ids, piece.labels = piece.ids[part], piece.labels[part]
+    return [counted(piece)]
+
+
+def counted(piece: Piece) -> Piece:
+    """Count what is left, and drop a row in which nothing is left to learn. The first label never enters the loss."""
+    piece.counts["tokens"] = len(piece.ids)
+    piece.counts["supervised"] = int((piece.labels[1:] != IGNORED).sum())
+    if piece.counts["supervised"]:
+        return piece
+    lost = Counter(cut=len(piece.ids) + piece.counts["cut"], answers=piece.counts["answers"])
+    return Piece(piece.row, lost + Counter(lost_end=piece.counts["lost_end"]), dropped="nothing supervised in it")
+
+
+def ends_of_answers(labels: np.ndarray) -> np.ndarray:
+    """Where each supervised stretch has its last token."""
+    supervised = np.append(labels != IGNORED, False)
+    return np.flatnonzero(supervised[:-1] & ~supervised[1:])
+
+
+def digest_of(piece: Piece) -> int:
+    """64 bits of the ids and labels, equal for exact duplicates."""
+    if piece.ids is None:
+        return 0
+    found = hashlib.blake2b(piece.ids.tobytes() + piece.labels.tobytes(), digest_size=8)
+    return int.from_bytes(found.digest(), "little", signed=True)
+
+
+def table_of(pieces: list[Piece]) -> pa.Table:
+    """The pieces as a table of `SCHEMA`."""
+    empty = np.zeros(0, dtype=np.int32)
+    ids = [empty if piece.ids is None or piece.dropped else piece.ids for piece in pieces]
+    labels = [empty if piece.labels is None or piece.dropped else piece.labels for piece in pieces]
+    offsets = np.cumsum([0, *map(len, ids)], dtype=np.int32)
+    columns = [pa.ListArray.from_arrays(offsets, np.concatenate(part or [empty])) for part in (ids, labels)]
+    columns.append(pa.array([piece.row for piece in pieces], pa.int32()))
+    columns += [pa.array([piece.counts[name] for piece in pieces], pa.int32()) for name in COUNTS]
+    columns.append(pa.array([digest_of(piece) for piece in pieces], pa.int64()))
+    columns.append(pa.array([piece.dropped for piece in pieces], pa.string()))
+    return pa.Table.from_arrays(columns, schema=SCHEMA)

@@ -1,0 +1,158 @@
+"""The ledger: what became of every row and token, by source and by reason. Nothing else counts; messages quote it."""
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from open_r1.errors import UserError
+
+logger = logging.getLogger(__name__)
+Entry = dict[str, Any]
+SUMMED = ("tokens", "supervised", "cut", "answers", "lost_end", "masked_turns", "control_tokens", "stop_added")
+
+
+def entry_of(name: str, source_rows: int, drawn: np.ndarray, columns: dict[str, np.ndarray], splits: bool) -> Entry:
+    """What became of one source.
+
+    Args: `drawn[i]` is how often its chosen row i is in the mixture; `columns` are the tokenised table's counts, one
+    value a tokenised row; `splits` whether additional rows come from splitting texts, not from expanding turns.
+    """
+    times = drawn[columns["row"]]
+    kept = np.array([reason is None for reason in columns["dropped"]], dtype=bool)
+    dropped: Counter = Counter()
+    for reason, count in zip(columns["dropped"], times, strict=True):
+        if reason is not None:
+            dropped[reason] += int(count)
+    extra = int(times.sum() - drawn.sum())
+    sums = {column: int((columns[column] * times).sum()) for column in SUMMED}
+    lengths = np.repeat(columns["tokens"][kept], times[kept])
+    return {
+        "source": name,
+        "rows_in_source": source_rows,
+        "rows_in": int(drawn.sum()),
+        "expanded": 0 if splits else extra,
+        "split": extra if splits else 0,
+        "trained": int(times[kept].sum()),
+        "dropped": dict(dropped),
+        "truncated": int(times[kept & (columns["cut"] > 0)].sum()),
+        "duplicates": int(kept.sum() - len(np.unique(columns["digest"][kept]))),
+        **sums,
+        "epochs": round(float(drawn.sum() / source_rows), 4),
+        "lengths": lengths_of(lengths),
+    }
+
+
+def lengths_of(lengths: np.ndarray) -> dict[str, int]:
+    """Percentiles of row lengths in tokens, empty without rows."""
+    if len(lengths) == 0:
+        return {}
+    return {f"p{p}": int(np.percentile(lengths, p)) for p in (50, 90, 99)} | {"max": int(lengths.max())}
+
+
+def total_of(entries: list[Entry]) -> Entry:
+    """All sources of one part together."""
+    numbers = [key for key, value in entries[0].items() if isinstance(value, int)]
+    total: Entry = {"source": "all", **{key: sum(entry[key] for entry in entries) for key in numbers}}
+    total["dropped"] = dict(sum((Counter(entry["dropped"]) for entry in entries), Counter()))
+    return total
+
+
+def require_closed(entry: Entry) -> None:
+    """Rows in + expanded + split = trained + dropped; anything else is our bug."""
+    before = entry["rows_in"] + entry["expanded"] + entry["split"]
+    after = entry["trained"] + sum(entry["dropped"].values())
+    if before != after:
+        raise RuntimeError(f"the ledger of {entry['source']} does not close: {before} rows before, {after} after")
+
+
+def close(
+    part: str, entries: list[Entry], lengths: np.ndarray, batch: int, packs: int | None, pack_length: int | None
+) -> Entry:
+    """Close the ledger of `train` or `eval`: check its sums, add shares, padding and packing. Returns it.
+
+    Args: `lengths` of the rows to train on, in tokens; `batch` rows on a device; `packs` of `pack_length` tokens, when
+    rows are packed.
+    """
+    for entry in entries:
+        require_closed(entry)
+    total = total_of(entries)
+    for entry in [*entries, total]:
+        entry["supervised_share"] = round(entry["supervised"] / max(1, entry["tokens"]), 4)
+        entry["requested_share"] = round(entry["rows_in"] / max(1, total["rows_in"]), 4)
+        entry["achieved_share"] = round(entry["supervised"] / max(1, total["supervised"]), 4)
+    total["lengths"] = lengths_of(lengths)
+    total["padding_share"] = round(padding_share(lengths, batch), 4)
+    if packs is not None:
+        total["packs"] = packs
+        total["packing_efficiency"] = round(total["tokens"] / (packs * pack_length), 4)
+    return {"part": part, "sources": entries, "total": total}
+
+
+def padding_share(lengths: np.ndarray, batch: int, seed: int = 0) -> float:
+    """Share of padding in batches of `batch` rows drawn in a random order."""
+    order = np.random.default_rng(seed).permutation(lengths)
+    order = order[: len(order) // batch * batch].reshape(-1, batch) if len(order) >= batch else order[None]
+    return float(1 - order.sum() / (order.max(axis=1) * order.shape[1]).sum())
+
+
+def require_answers(ledger: Entry, limit: float | None) -> None:
+    """Raise `UserError` when a larger share of the answers than `limit` lost its end."""
+    total = ledger["total"]
+    answers = total["answers"]
+    share = total["lost_end"] / max(1, answers)
+    if limit is not None and share > limit:
+        raise UserError(
+            f"{total['lost_end']} of {answers} answers ({share:.1%}) lose their end to max_length, more than "
+            f"max_truncated_answers {limit:.1%}; raise max_length, or set on_long_row: drop"
+        )
+
+
+def show(ledger: Entry) -> None:
+    """Log the ledger as a table, one line a source, and a warning for all that was cut or dropped."""
+    heads = ("rows in", "trained", "dropped", "tokens", "supervised", "share", "cut rows", "lost ends", "p50", "max")
+    entries = [*ledger["sources"], *([ledger["total"]] if len(ledger["sources"]) > 1 else [])]
+    lines = [
+        (
+            entry["source"],
+            f"{entry['rows_in']:,}",
+            f"{entry['trained']:,}",
+            f"{sum(entry['dropped'].values()):,}",
+            f"{entry['tokens']:,}",
+            f"{entry['supervised_share']:.1%}",
+            f"{entry['achieved_share']:.1%}",
+            f"{entry['truncated']:,}",
+            f"{entry['lost_end']:,}",
+            *(str(entry.get("lengths", {}).get(key, "")) for key in ("p50", "max")),
+        )
+        for entry in entries
+    ]
+    table = [(ledger["part"], *heads), *lines]
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    for line in table:
+        first = line[0].ljust(widths[0])
+        logger.info(
+            "%s  %s", first, "  ".join(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
+        )
+    for entry in ledger["sources"]:
+        for reason, count in entry["dropped"].items():
+            logger.warning("%s %s: %d rows dropped: %s", ledger["part"], entry["source"], count, reason)
+        if entry["truncated"]:
+            logger.warning(
+                "%s %s: %d rows are longer than max_length; %d tokens are cut off and %d answers lost their end",
+                ledger["part"],
+                entry["source"],
+                entry["truncated"],
+                entry["cut"],
+                entry["lost_end"],
+            )
+
+
+def write(output_dir: str, ledgers: list[Entry]) -> None:
+    """Write `ledger.json`: one entry for `train`, one for `eval` where there is one."""
+    path = Path(output_dir) / "ledger.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({ledger["part"]: ledger for ledger in ledgers}, indent=1) + "\n")

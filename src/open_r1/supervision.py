@@ -1,0 +1,295 @@
+"""What the model must say in a conversation, for any chat template: the text to train on and its supervised spans.
+
+One rule: supervised is exactly what the model has to produce at inference, from the end of the generation prompt (the
+template rendered with `add_generation_prompt`) to the turn's stop token inclusive. A turn whose rendering inside the
+whole conversation is not what inference would have produced is never supervised there: it becomes a row of its own, is
+masked, or is an error, as the recipe says. Nothing is guessed: a turn that cannot be told is a `ValueError`.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+Messages = list[dict[str, Any]]
+# A text to train on, and the character spans [start, end) of it that the model says.
+Rendering = tuple[str, list[tuple[int, int]]]
+
+OPEN, CLOSE = "\ue000", "\ue001"  # private-use marks around control tokens that a user spelled out
+PROBE = "x7q"
+PLAIN_ROLES = ("system", "user", "assistant")
+EMPTY_REASONING = re.compile(r"\s*(<think>)?\s*</think>\s*")
+PREFILL = re.compile(r"<think>\s*(</think>\s*)?$")
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template, and what rendering a few probes has shown of it.
+
+    `stop` ends the assistant's turn. `prompt` is the generation prompt when the template only ever appends and writes
+    contents as they are, None otherwise: then one rendering of a conversation tells its spans. `control` matches the
+    tokens that structure a conversation.
+    """
+
+    text: str
+    special: dict[str, Any]
+    stop: str
+    endings: re.Pattern
+    control: re.Pattern
+    prompt: str | None
+
+    def render(self, messages: Messages, prompt: bool = False, **kwargs: Any) -> str:
+        """The conversation as text, with the generation prompt behind it when `prompt`."""
+        texts, _ = render_jinja_template(
+            [messages], chat_template=self.text, add_generation_prompt=prompt, **{**self.special, **kwargs}
+        )
+        return texts[0]
+
+    def render_with_markers(self, messages: Messages, **kwargs: Any) -> Rendering:
+        """The conversation and the spans inside its `{% generation %}` blocks."""
+        texts, spans = render_jinja_template(
+            [messages], chat_template=self.text, return_assistant_tokens_mask=True, **{**self.special, **kwargs}
+        )
+        return texts[0], [tuple(span) for span in spans[0]]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An assistant turn as inference sees it: `prompt`, then `response`.
+
+    `prefill` is the reasoning that the generation prompt opens, part of `prompt`; the first `skipped` characters of
+    `response` are an empty reasoning block that the template puts there and the content does not hold.
+    """
+
+    prompt: str
+    response: str
+    prefill: str
+    skipped: int
+
+    @property
+    def block(self) -> bool:
+        """Whether prompt and response hold an empty reasoning block that the content does not."""
+        return bool(EMPTY_REASONING.fullmatch(self.prefill + self.response[: self.skipped]))
+
+    @property
+    def without_block(self) -> str:
+        """Prompt and response without that block."""
+        return self.prompt[: len(self.prompt) - len(self.prefill)] + self.response[self.skipped :]
+
+
+def probe_template(tokenizer: PreTrainedTokenizerBase) -> Template:
+    """Learn what a tokenizer's template does by rendering short conversations with it."""
+    added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    text = tokenizer.chat_template
+    text = text["default"] if isinstance(text, dict) else text
+    bare = Template(
+        text=text,
+        special=tokenizer.special_tokens_map,
+        stop=tokenizer.eos_token,
+        endings=re.compile(f"({'|'.join(map(re.escape, added)) or '(?!)'})$"),
+        control=re.compile("(?!)"),
+        prompt=None,
+    )
+    turns = [{"role": role, "content": f"{PROBE}{n}"} for n, role in enumerate(["user", "assistant"] * 2)]
+    shown = bare.render(turns) + bare.render(turns[:1], prompt=True)
+    delimiters = {token for token in added if token in shown and "think" not in token and not token.isspace()}
+    control = sorted(special | delimiters, key=len, reverse=True)
+    return Template(
+        **{
+            **vars(bare),
+            "control": re.compile("|".join(map(re.escape, control)) or "(?!)"),
+            "prompt": constant_prompt(bare, turns),
+        }
+    )
+
+
+def constant_prompt(template: Template, turns: Messages) -> str | None:
+    """The generation prompt of a template that only appends and writes contents verbatim, else None."""
+    prompt = ""
+    for messages in (turns, [{"role": "system", "content": f"{PROBE}s"}, *turns]):
+        try:
+            whole = template.render(messages)
+        except Exception:
+            if messages is turns:
+                return None
+            break  # the template refuses system messages, in whatever way it does: no row can hold one
+        prompt = template.render(messages[:-1], prompt=True)[len(template.render(messages[:-1])) :]
+        spans = spans_at_a_glance(messages, whole, prompt, template.stop)
+        if not prompt or spans is None:
+            return None
+        for index, (start, end) in zip((len(messages) - 3, len(messages) - 1), spans, strict=True):
+            before, after = template.render(messages[:index], prompt=True), template.render(messages[: index + 1])
+            if whole[:start] != before or not whole.startswith(after) or len(after) < end:
+                return None
+    return prompt
+
+
+def spans_at_a_glance(messages: Messages, whole: str, prompt: str, stop: str) -> list[tuple[int, int]] | None:
+    """Spans by looking for prompt, content and stop token in one rendering; None unless each is there just so."""
+    spans, at = [], 0
+    for message in messages:
+        if message["role"] != "assistant":
+            continue
+        found = whole.find(prompt, at)
+        start = found + len(prompt)
+        end = start + len(message["content"])
+        if found < 0 or whole[start:end] != message["content"] or not whole.startswith(stop, end):
+            return None
+        at = end + len(stop)
+        spans.append((start, at))
+    return spans if whole.find(prompt, at) < 0 else None
+
+
+def conversation_rows(
+    messages: Messages, template: Template, *, first: int = 0, on_rewritten: str, empty_reasoning: str, **kwargs: Any
+) -> tuple[list[Rendering], Counter]:
+    """The rows to train on for one conversation, and counts of what was done to get them.
+
+    Turns before message `first` are context only. `on_rewritten` is `expand`, `mask` or `error`; `empty_reasoning` is
+    `mask` or `supervise`; `kwargs` are the row's tools and template arguments. Raises `ValueError` when what the model
+    must say cannot be told.
+    """
+    whole = template.render(messages, **kwargs)
+    if template.prompt is not None and not kwargs and is_plain(messages):
+        spans = spans_at_a_glance(messages, whole, template.prompt, template.stop)
+        if spans is not None:
+            before = sum(message["role"] == "assistant" for message in messages[:first])
+            return [(whole, spans[before:])], Counter()
+    counts: Counter = Counter()
+    spans: list[tuple[int, int]] = []
+    rows: list[Rendering] = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant" or index < first:
+            continue
+        turn = turn_at_inference(messages, index, whole, template, counts, kwargs)
+        skipped = turn.skipped if empty_reasoning == "mask" else 0
+        text, start = turn.prompt + turn.response, len(turn.prompt)
+        if whole.startswith(text):
+            spans.append((start + skipped, len(text)))
+        elif turn.block and empty_reasoning == "mask" and whole.startswith(turn.without_block):
+            end = len(turn.without_block)  # the empty block is only there at the turn's own inference
+            spans.append((end - len(turn.response) + turn.skipped, end))
+        elif on_rewritten == "expand":
+            counts["expanded"] += 1
+            rows.append((text, [(start + skipped, len(text))]))
+        elif on_rewritten == "mask":
+            counts["masked_turns"] += 1
+        else:
+            raise ValueError(
+                f"the chat template rewrites message {index} in the whole conversation, so that it is not what the "
+                "model says at inference; set on_rewritten_turn to expand or mask"
+            )
+    return rows + [(whole, spans)] * bool(spans), counts
+
+
+def is_plain(messages: Messages) -> bool:
+    """Whether messages are of the kind that the template was probed with: text alone, without marks."""
+    return all(
+        message.keys() == {"role", "content"} and message["role"] in PLAIN_ROLES and OPEN not in message["content"]
+        for message in messages
+    )
+
+
+def turn_at_inference(
+    messages: Messages, index: int, whole: str, template: Template, counts: Counter, kwargs: dict[str, Any]
+) -> Turn:
+    """What inference would see before turn `index`, and what the model has to say then."""
+    message = messages[index]
+    content = message.get("content") or ""
+    reasoning = message.get("reasoning_content") or message.get("thinking") or ""
+    if index == 0:
+        raise ValueError("the conversation starts with the assistant: there is no prompt that it answers")
+    prompt = template.render(messages[:index], prompt=True, **kwargs)
+    own = whole if index == len(messages) - 1 else template.render(messages[: index + 1], **kwargs)
+    has_reasoning = bool(reasoning) or content.lstrip().startswith("<think>")
+    said = own[len(prompt) :] if own.startswith(prompt) else None
+    prefill = PREFILL.search(prompt)
+    if prefill and not prefill[1] and content.lstrip().startswith("<think>"):
+        inner = content.lstrip()[len("<think>") :]
+        if said is None or squeeze(inner) != squeeze(said)[: len(squeeze(inner))]:
+            said = inner.removeprefix("\n" if prefill[0].endswith("\n") else "")
+            said += closing_of(messages, index, template, kwargs)
+            counts["prefilled"] += 1
+    elif said is None and prefill and prefill[1] and not has_reasoning:
+        before = prompt[: prefill.start()]
+        said = own[len(before) :] if own.startswith(before) else None
+        counts["prefilled"] += 1
+    if said is None or (prefill and prefill[1] and has_reasoning):
+        raise ValueError(contradiction(index, prompt, bool(prefill), has_reasoning))
+    response, added = up_to_stop(said, content, bool(message.get("tool_calls")), template)
+    counts["stop_added"] += added
+    require_survival(message, index, content, reasoning, prefill[0] + response if prefill else response)
+    injected = None if has_reasoning or EMPTY_REASONING.match(content) else EMPTY_REASONING.match(response)
+    counts["empty_reasoning"] += injected is not None
+    return Turn(prompt, response, prefill[0] if prefill else "", injected.end() if injected else 0)
+
+
+def closing_of(messages: Messages, index: int, template: Template, kwargs: dict[str, Any]) -> str:
+    """What the template writes behind the content of turn `index`: tool calls and the stop token."""
+    probed = [*messages[:index], {**messages[index], "content": PROBE}]
+    text = template.render(probed, **kwargs)
+    return text[text.rfind(PROBE) + len(PROBE) :]
+
+
+def contradiction(index: int, prompt: str, prefilled: bool, has_reasoning: bool) -> str:
+    """Why a turn cannot follow its generation prompt."""
+    if not prefilled:
+        return (
+            f"the chat template renders what comes before message {index} another way once the turn is there, so what "
+            "the model is asked and has to say cannot be told; use a template that does not look ahead"
+        )
+    has = "has reasoning" if has_reasoning else "has no reasoning"
+    return (
+        f"message {index} {has}, but the generation prompt before it ends with {prompt[-30:]!r} and the chat "
+        "template renders the turn another way: the model would never be asked so; set enable_thinking in the row's "
+        "chat_template_kwargs to what the answer is, or give the answer its <think> block"
+    )
+
+
+def up_to_stop(said: str, content: str, has_calls: bool, template: Template) -> tuple[str, bool]:
+    """`said` up to its stop token inclusive, and whether one had to be added because the template writes none."""
+    tail = content.rstrip().rpartition("\n")[2].strip()
+    behind = said.rfind(tail) + len(tail) if tail and tail in said else 0
+    stop = said.find(template.stop, behind)
+    if stop >= 0 and not has_calls:
+        return said[: stop + len(template.stop)], False
+    ends = said.rstrip()
+    if template.endings.search(ends):
+        return ends, False
+    return ends + template.stop, True
+
+
+def require_survival(message: dict[str, Any], index: int, content: str, reasoning: str, response: str) -> None:
+    """Raise `ValueError` when something that the message says is not in its rendering, white space aside."""
+    rendered = squeeze(response)
+    names = [call.get("function", call).get("name", "") for call in message.get("tool_calls") or []]
+    for what, text in (("content", content), ("reasoning", reasoning), *(("tool call", name) for name in names)):
+        if squeeze(text) not in rendered:
+            raise ValueError(
+                f"the {what} of message {index} does not survive rendering by the chat template; "
+                f"it holds {text[:60]!r}, the rendering {response[:60]!r}"
+            )
+
+
+def squeeze(text: str) -> str:
+    """`text` without white space, which templates add and strip."""
+    return "".join(text.split())
+
+
+def mark_control_tokens(value: Any, control: re.Pattern) -> Any:
+    """`value` (text, or lists and mappings of it) with every control token in it put between private marks.
+
+    Marks that were there before are removed, so that nobody can forge one.
+    """
+    if isinstance(value, str):
+        clean = value.replace(OPEN, "").replace(CLOSE, "")
+        return control.sub(lambda found: f"{OPEN}{found[0]}{CLOSE}", clean)
+    if isinstance(value, dict):
+        return {key: mark_control_tokens(item, control) for key, item in value.items()}
+    if isinstance(value, list):
+        return [mark_control_tokens(item, control) for item in value]
+    return value
