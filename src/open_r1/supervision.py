@@ -6,6 +6,7 @@ whole conversation is not what inference would have produced is never supervised
 masked, or is an error, as the recipe says. Nothing is guessed: a turn that cannot be told is a `ValueError`.
 """
 
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -97,14 +98,20 @@ def probe_template(tokenizer: PreTrainedTokenizerBase) -> Template:
     turns = [{"role": role, "content": f"{PROBE}{n}"} for n, role in enumerate(["user", "assistant"] * 2)]
     shown = bare.render(turns) + bare.render(turns[:1], prompt=True)
     delimiters = {token for token in added if token in shown and "think" not in token and not token.isspace()}
-    control = sorted(special | delimiters, key=len, reverse=True)
     return Template(
         **{
             **vars(bare),
-            "control": re.compile("|".join(map(re.escape, control)) or "(?!)"),
+            "control": any_of(sorted(special | delimiters)),
             "prompt": constant_prompt(bare, turns),
         }
     )
+
+
+def any_of(tokens: list[str]) -> re.Pattern:
+    """A pattern of any of the tokens, longest first. What all begin with is taken out: `re` then looks for it fast."""
+    prefix = os.path.commonprefix(tokens)
+    rest = "|".join(re.escape(token[len(prefix) :]) for token in sorted(tokens, key=len, reverse=True))
+    return re.compile(f"{re.escape(prefix)}(?:{rest})" if tokens else "(?!)")
 
 
 def constant_prompt(template: Template, turns: Messages) -> str | None:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from open_r1.supervision import (
     Rendering,
     Template,
     conversation_rows,
+    is_plain,
     mark_control_tokens,
     probe_template,
 )
@@ -96,7 +98,7 @@ class Supervision:
 
 @dataclass
 class Piece:
-    """One row to train on while it is being made: text and spans, then ids and labels."""
+    """One row to train on while it is being made: text and character spans, then ids and token ranges, then labels."""
 
     row: int
     counts: Counter
@@ -104,6 +106,7 @@ class Piece:
     spans: list[tuple[int, int]] | None = None
     add_bos: bool = False
     ids: np.ndarray | None = None
+    ranges: list[tuple[int, int]] | None = None
     labels: np.ndarray | None = None
     dropped: str | None = None
 
@@ -184,7 +187,7 @@ def row_pieces(
     """A row in TRL's format as texts with supervised spans, or as the ids that it brings."""
     if "input_ids" in row:
         ids, labels = (np.asarray(row[name], dtype=np.int32) for name in ("input_ids", "labels"))
-        return [Piece(index, Counter(), ids=ids, labels=labels)]
+        return [Piece(index, Counter(), ids=ids, ranges=ranges_of(labels), labels=labels)]
     if "text" in row:
         text = with_stop(row["text"], tokenizer)
         return [Piece(index, Counter(), text, [(0, len(text))], add_bos=True)]
@@ -214,8 +217,9 @@ def render_conversation(
     messages: list[Row], given: int, kwargs: dict[str, Any], template: Template, how: Supervision
 ) -> tuple[list[Rendering], Counter]:
     """Texts and spans of a conversation whose first `given` messages are prompt. Control tokens in it are marked."""
-    spelled = sum(len(template.control.findall(text)) for text in texts_in([messages, kwargs]))
-    if spelled:
+    plain = not kwargs and is_plain(messages)
+    texts = [message["content"] for message in messages] if plain else texts_in([messages, kwargs])
+    if spelled := len(template.control.findall("\n\n".join(texts))):
         messages, kwargs = (
             mark_control_tokens(messages, template.control),
             mark_control_tokens(kwargs, template.control),
@@ -243,13 +247,13 @@ def render_conversation(
     return renderings, counts
 
 
-def texts_in(value: Any) -> Iterator[str]:
+def texts_in(value: Any) -> list[str]:
     """Every text inside lists and mappings."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from texts_in(item)
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text for item in value for text in texts_in(item)] if isinstance(value, list) else []
 
 
 def with_stop(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -267,14 +271,16 @@ def encode_pieces(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase) -> No
     for group in by_bytes(plain):
         # Rows of one source are of one format, so either all or none still need BOS: templates write their own.
         encodings = backend.encode_batch([piece.text for piece in group], add_special_tokens=group[0].add_bos)
-        for piece, encoding in zip(group, encodings, strict=True):
-            piece.ids = np.array(encoding.ids, dtype=np.int32)
-            piece.labels = np.full(len(piece.ids), IGNORED, dtype=np.int32)
-            for start, end in piece.spans:
-                first, last = token_range(encoding, start, end)
-                piece.labels[first:last] = piece.ids[first:last]
+        bounds = np.cumsum([0, *map(len, encodings)])
+        ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, count=bounds[-1])
+        labels = np.full(len(ids), IGNORED, dtype=np.int32)
+        for piece, encoding, start, end in zip(group, encodings, bounds, bounds[1:], strict=False):
+            piece.ids, piece.labels = ids[start:end], labels[start:end]
+            piece.ranges = [token_range(encoding, *span) for span in piece.spans]
             if piece.add_bos and piece.spans[0][0] == 0:
-                piece.labels[:] = piece.ids  # a text that is trained on in full, BOS included
+                piece.ranges = [(0, len(encoding))]  # a text that is trained on in full, BOS included
+            for first, last in piece.ranges:
+                piece.labels[first:last] = piece.ids[first:last]
 
 
 def by_bytes(pieces: list[Piece]) -> Iterator[list[Piece]]:
@@ -305,9 +311,9 @@ def encode_marked(piece: Piece, tokenizer: PreTrainedTokenizerBase) -> None:
 
     Pieces between marks and span ends are encoded one by one, as inference encodes a prompt apart from its answer.
     """
-    supervised = np.zeros(len(piece.text), dtype=bool)
+    said = np.zeros(len(piece.text), dtype=bool)
     for start, end in piece.spans:
-        supervised[start:end] = True
+        said[start:end] = True
     bounds = sorted({0, len(piece.text), *(bound for span in piece.spans for bound in span)} | marks_in(piece.text))
     ids: list[int] = []
     labels: list[int] = []
@@ -316,8 +322,9 @@ def encode_marked(piece: Piece, tokenizer: PreTrainedTokenizerBase) -> None:
         text = piece.text[start:end].strip(OPEN + CLOSE)
         part = encode_alone(text, tokenizer, literal)
         ids += part
-        labels += part if supervised[start] else [IGNORED] * len(part)
+        labels += part if said[start] else [IGNORED] * len(part)
     piece.ids, piece.labels = np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32)
+    piece.ranges = ranges_of(piece.labels)
 
 
 def marks_in(text: str) -> set[int]:
@@ -338,43 +345,40 @@ def fit_length(piece: Piece, how: Supervision) -> list[Piece]:
     if piece.dropped is not None:
         return [piece]
     limit, size = how.max_length, len(piece.ids)
-    piece.counts["answers"] = len(ends_of_answers(piece.labels))
     if limit is None or size <= limit:
-        return [counted(piece)]
+        return [part_of(piece, 0, size)]
     if how.on_long_row == "error":
         raise BadRow(piece.row, f"{size} tokens exceed max_length {limit}; raise it, or set on_long_row")
     if how.on_long_row == "drop":
         return [Piece(piece.row, Counter(cut=size), dropped="longer than max_length")]
-    if how.on_long_row == "split" and not piece.add_bos:
-        raise BadRow(piece.row, "on_long_row: split is for plain text; an answer cut in pieces teaches no answer")
     if how.on_long_row == "split":
-        starts = range(0, size, limit)
-        parts = [
-            Piece(piece.row, Counter(answers=1), ids=piece.ids[s : s + limit], labels=piece.labels[s : s + limit])
-            for s in starts
-        ]
-        return [counted(part) for part in parts]
-    part = slice(size - limit, None) if how.keep_end else slice(None, limit)
-    piece.counts["cut"] = size - limit
-    piece.counts["lost_end"] = 0 if how.keep_end else int((ends_of_answers(piece.labels) >= limit).sum())
-    piece.ids, piece.labels = piece.ids[part], piece.labels[part]
-    return [counted(piece)]
+        if not piece.add_bos:
+            raise BadRow(piece.row, "on_long_row: split is for plain text; an answer cut in pieces teaches no answer")
+        return [part_of(piece, start, min(start + limit, size)) for start in range(0, size, limit)]
+    kept = part_of(piece, size - limit, size) if how.keep_end else part_of(piece, 0, limit)
+    kept.counts["cut"] += size - limit
+    kept.counts["answers"] = len(piece.ranges)
+    kept.counts["lost_end"] = 0 if how.keep_end else sum(last > limit for _, last in piece.ranges)
+    return [kept]
 
 
-def counted(piece: Piece) -> Piece:
-    """Count what is left, and drop a row in which nothing is left to learn. The first label never enters the loss."""
-    piece.counts["tokens"] = len(piece.ids)
-    piece.counts["supervised"] = int((piece.labels[1:] != IGNORED).sum())
-    if piece.counts["supervised"]:
-        return piece
-    lost = Counter(cut=len(piece.ids) + piece.counts["cut"], answers=piece.counts["answers"])
-    return Piece(piece.row, lost + Counter(lost_end=piece.counts["lost_end"]), dropped="nothing supervised in it")
+def part_of(piece: Piece, start: int, end: int) -> Piece:
+    """Tokens [start, end) of a row, counted; dropped when nothing in them is learnt.
+
+    The first label of a row never enters the loss, since nothing comes before it.
+    """
+    supervised = sum(max(0, min(last, end) - max(first, start + 1)) for first, last in piece.ranges)
+    answers = sum(first < end and last > start for first, last in piece.ranges)
+    if not supervised:
+        return Piece(piece.row, Counter(cut=end - start, answers=answers), dropped="nothing supervised in it")
+    counts = Counter(piece.counts, tokens=end - start, supervised=supervised, answers=answers)
+    return Piece(piece.row, counts, ids=piece.ids[start:end], labels=piece.labels[start:end])
 
 
-def ends_of_answers(labels: np.ndarray) -> np.ndarray:
-    """Where each supervised stretch has its last token."""
-    supervised = np.append(labels != IGNORED, False)
-    return np.flatnonzero(supervised[:-1] & ~supervised[1:])
+def ranges_of(labels: np.ndarray) -> list[tuple[int, int]]:
+    """The supervised stretches [first, last) of labels."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], labels != IGNORED, [False]]).astype(np.int8)))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def digest_of(piece: Piece) -> int:
@@ -393,7 +397,7 @@ def table_of(pieces: list[Piece]) -> pa.Table:
     offsets = np.cumsum([0, *map(len, ids)], dtype=np.int32)
     columns = [pa.ListArray.from_arrays(offsets, np.concatenate(part or [empty])) for part in (ids, labels)]
     columns.append(pa.array([piece.row for piece in pieces], pa.int32()))
-    columns += [pa.array([piece.counts[name] for piece in pieces], pa.int32()) for name in COUNTS]
+    columns += [pa.array([piece.counts.get(name, 0) for piece in pieces], pa.int32()) for name in COUNTS]
     columns.append(pa.array([digest_of(piece) for piece in pieces], pa.int64()))
     columns.append(pa.array([piece.dropped for piece in pieces], pa.string()))
     return pa.Table.from_arrays(columns, schema=SCHEMA)
