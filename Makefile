@@ -40,6 +40,9 @@ sft: .venv/installed $(if $(findstring zero,$(ACCELERATOR)),.venv/installed-deep
 	$(RUN) accelerate launch $(if $(ACCELERATOR),--config_file recipes/accelerate_configs/$(ACCELERATOR).yaml) \
 		$(if $(NUM_PROCESSES),--num_processes $(NUM_PROCESSES)) src/open_r1/sft.py --config $(RECIPE) $(ARGS)
 
+check: .venv/installed ## Check a recipe, its model files and its data without training: make check RECIPE=...
+	$(RUN) python src/open_r1/sft.py --config $(RECIPE) --dry_run $(ARGS)
+
 test: .venv/installed ## Tests that need no GPU and no network, under 12 minutes on 2 cores
 	$(RUN) python -m pytest $(ARGS)
 

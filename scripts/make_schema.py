@@ -35,6 +35,14 @@ NARROWED: dict[str, dict[str, Any]] = {
 }
 
 
+# Values below these cannot be meant, and upstream finds out with the weights in memory.
+AT_LEAST = {
+    **dict.fromkeys(("max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "lora_r"), 1),
+    **dict.fromkeys(("gradient_accumulation_steps", "dataset_num_proc"), 1),
+    **dict.fromkeys(("learning_rate", "seed", "data_seed", "warmup_steps", "max_grad_norm", "num_train_epochs"), 0),
+}
+
+
 def type_schema(hint: Any) -> dict[str, Any]:
     """JSON schema of a type hint: `type`, and `enum` or `items` where the hint says which values it takes."""
     members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
@@ -67,6 +75,8 @@ def field_schema(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
         spec.update({"items": {"type": "string", **allowed}} if "items" in spec else allowed)
     if (above := field.metadata.get("above")) is not None:
         spec["exclusiveMinimum"] = above
+    if field.name in AT_LEAST:
+        spec["minimum"] = AT_LEAST[field.name]
     spec.update(NARROWED.get(field.name, {}))
     if text := field.metadata.get("help"):
         spec["description"] = " ".join(text.replace("%%", "%").split())

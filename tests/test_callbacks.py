@@ -83,6 +83,7 @@ def test_the_final_branch_is_checked_before_training(tmp_path):
     ready_branch(arguments(tmp_path, hub_model_revision="v1"), hub)  # nothing is pushed: nothing to check
     with pytest.raises(UserError, match="me/m has files on branch v1 already"):
         ready_branch(arguments(tmp_path, hub_model_revision="v1", push_to_hub_revision=True), hub)
+    ready_branch(arguments(tmp_path, hub_model_revision="v1", push_to_hub_revision=True), hub, resuming=True)
     ready_branch(arguments(tmp_path, hub_model_revision="v2", push_to_hub=True), hub)
     assert "v2" in hub.branches
 

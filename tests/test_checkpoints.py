@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from open_r1.checkpoints import checkpoint_to_resume, finished, mark_finished
+from open_r1.checkpoints import at_last_step, checkpoint_to_resume, finished, publish, record
 from open_r1.errors import UserError
 
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -77,8 +77,39 @@ def test_a_path_that_is_not_there(tmp_path):
 
 
 def test_finished_with_the_same_settings_only(tmp_path):
-    assert finished(str(tmp_path), {"max_steps": 5}) is None
-    mark_finished(str(tmp_path), 5, {"max_steps": 5, "report_to": ["none"]})
-    assert finished(str(tmp_path), {"max_steps": 5, "report_to": ["none"]}) == 5
-    with pytest.raises(UserError, match=r"finished with other settings \(max_steps: 5 -> 6; seed: None -> 1\)"):
-        finished(str(tmp_path), {"max_steps": 6, "report_to": ["none"], "seed": 1})
+    out = str(tmp_path)
+    assert finished(out, {"max_steps": 5}) is None
+    record(out, "complete", 5, {"max_steps": 5, "report_to": ["none"]})
+    assert finished(out, {"max_steps": 5}) is None  # its model is gone
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    assert finished(out, {"max_steps": 5, "report_to": ["none"]}) == 5
+    assert finished(out, {"max_steps": 5, "report_to": ["wandb"], "logging_steps": 3}) == 5  # these may change
+    with pytest.raises(UserError, match=r"a run with other settings \(max_steps: 5 -> 6; seed: None -> 1\)"):
+        finished(out, {"max_steps": 6, "report_to": ["none"], "seed": 1})
+
+
+def test_a_run_is_not_gone_on_with_under_other_settings(save, tmp_path):
+    record(str(tmp_path), "running", 0, {"learning_rate": 1.0})
+    assert finished(str(tmp_path), {"learning_rate": 2.0}) is None  # nothing was saved yet: nothing to mix up
+    save(5)
+    with pytest.raises(UserError, match=r"a run with other settings \(learning_rate: 1.0 -> 2.0\)"):
+        finished(str(tmp_path), {"learning_rate": 2.0})
+    assert finished(str(tmp_path), {"learning_rate": 1.0}) is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"status": "complete"}', '{"status": "complete", "settings": 3}'])
+def test_a_broken_state_file_counts_for_nothing(tmp_path, text):
+    (tmp_path / "run_state.json").write_text(text)
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    assert finished(str(tmp_path), {}) is None
+
+
+def test_the_model_of_the_last_step_is_published_without_what_stays(save, tmp_path):
+    last = save(9)
+    (tmp_path / "checkpoint-9" / "trainer_state.json").write_text('{"global_step": 9, "max_steps": 9}')
+    (tmp_path / "checkpoint-9" / "tokenizer.json").write_text("{}")
+    assert at_last_step(last)
+    assert not at_last_step(None)
+    (tmp_path / "out").mkdir()
+    publish(last, str(tmp_path / "out"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", "tokenizer.json"}

@@ -104,7 +104,7 @@ def test_a_split_that_is_not_there(chat_file):
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 FORMATS = {
     "messages": ({"messages": CHAT, "id": 3}, {"messages": CHAT}),
-    "tools": ({"messages": CHAT, "tools": "[]"}, {"messages": CHAT, "tools": "[]"}),
+    "tools": ({"messages": CHAT, "tools": "[]"}, {"messages": CHAT, "tools": []}),
     "sharegpt": (
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
         {"messages": CHAT},
@@ -117,6 +117,18 @@ FORMATS = {
     ),
     "text": ({"text": "t"}, {"text": "t"}),
     "tokens": ({"input_ids": [1, 2]}, {"input_ids": [1, 2], "labels": [1, 2]}),
+    "tokens, masks": (
+        {"input_ids": [1, 2, 3], "completion_mask": [0, 1, 1], "assistant_masks": [1, 0, 1]},
+        {"input_ids": [1, 2, 3], "labels": [-100, -100, 3]},
+    ),
+    "sharegpt with a system column": (
+        {"conversations": CHAT, "system": "Be kind."},
+        {"messages": [{"role": "system", "content": "Be kind."}, *CHAT]},
+    ),
+    "nulls that columns fill in": (
+        {"messages": CHAT, "tools": [{"name": "f", "x": None}], "chat_template_kwargs": {"a": None, "b": 1}},
+        {"messages": CHAT, "tools": [{"name": "f"}], "chat_template_kwargs": {"b": 1}},
+    ),
     "tokens, labels": (
         {"input_ids": [1, 2], "labels": [-100, 2]},
         {"input_ids": [1, 2], "labels": [-100, 2]},
@@ -157,7 +169,10 @@ BAD = {
     "null text": ({"text": None}, "text must be a text; found None"),
     "null completion": ({"prompt": "p", "completion": None}, "prompt and completion are both text or both messages"),
     "empty completion": ({"prompt": "p", "completion": ""}, "completion is empty"),
-    "labels of another length": ({"input_ids": [1, 2], "labels": [1]}, "lists of one length"),
+    "tools that are no JSON": ({"messages": CHAT, "tools": "[{"}, "tools is not valid JSON"),
+    "a template in the data": ({"messages": CHAT, "chat_template_kwargs": {"template": "x"}}, "must hold arguments"),
+    "ids as text": ({"input_ids": ["a", "b"]}, "of one length; input_ids is"),
+    "labels of another length": ({"input_ids": [1, 2], "labels": [1]}, "of one length; labels is"),
 }
 
 

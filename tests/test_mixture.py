@@ -59,6 +59,12 @@ def test_a_weight_above_one_repeats_the_source_and_adds_the_fraction(files):
     assert [counts[f"b{row}"] for row in range(37)] == [1] * 37
 
 
+@pytest.mark.parametrize(("weight", "rows"), [(2.3, 23), (4.1, 41), (1.1, 11), (0.3, 3)])
+def test_a_fractional_weight_loses_no_row_to_rounding(weight, rows):
+    args = mixture(["x"], [weight])
+    assert len(draw([10], [weight], args, ["x"])["train"]) == rows
+
+
 def test_a_repeated_row_is_never_on_both_sides_of_a_split(files):
     halves = draw([101, 37, 250], [3.0, 1.0, 1.0], mixture(files, (3.0, 1.0, 1.0), test_split_size=0.2), files)
     train, test = pairs(halves["train"]), pairs(halves["test"])

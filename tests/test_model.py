@@ -33,6 +33,7 @@ def small_vocabulary(tmp_path, pairs):
         ({"use_peft": True}, {"bf16": True}, False, "bfloat16"),
         ({"use_peft": True}, {"bf16": False}, False, "float32"),
         ({}, {}, False, "float32"),
+        ({"use_peft": True}, {"fp16": True, "use_cpu": True}, False, "float16"),
         ({"dtype": "float16"}, {"bf16": True}, True, "float16"),
     ],
 )

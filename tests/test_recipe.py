@@ -53,6 +53,7 @@ def test_values_are_typed_and_say_where_they_come_from(recipe):
         (["--lr_scheduler_kwargs", "{min_lr_rate: 0.1}"], "lr_scheduler_kwargs", {"min_lr_rate": 0.1}),
         (["--lora_target_modules", "q_proj", "v_proj"], "lora_target_modules", ["q_proj", "v_proj"]),
         (["--max_length", "none"], "max_length", None),
+        (["--group_by_length", "true"], "train_sampling_strategy", "group_by_length"),
         (["--warmup_ratio", "0.1"], "warmup_steps", 0.1),
         (["--resume_from_checkpoint", "false"], "resume_from_checkpoint", "false"),
         (["--run_name", "7"], "run_name", "7"),
@@ -124,7 +125,9 @@ def test_dataset_mixer_becomes_a_mixture(recipe):
 
 
 def test_data_paths_of_tutorials(recipe):
-    got = recipe("model_name_or_path: m\ntrain_data_path: a.jsonl\neval_data_path: b.jsonl\n", complete=False)
+    got = recipe(
+        "model_name_or_path: m\ntrain_data_path: a.jsonl\neval_data_path: b.jsonl\ndo_eval: true\n", complete=False
+    )
     assert (got.values["dataset_name"], got.values["eval_dataset_name"]) == ("a.jsonl", "b.jsonl")
 
 
@@ -144,6 +147,13 @@ WRONG = {
     "benchmarks: [math_500]": "r.yaml:3: benchmarks are not available yet",
     "callbacks: [push_it]": "r.yaml:3: callbacks.0 is one of push_to_hub_revision; found 'push_it'",
     "dataset_streaming: true": "r.yaml:3: dataset_streaming cannot be resumed exactly",
+    "max_length: 0": "max_length must be at least 1; found 0",
+    "seed: -1": "seed must be at least 0; found -1",
+    "lr_scheduler_kwargs: {a: 1, a: 2}": "lr_scheduler_kwargs.a is said twice",
+    "? [a, b]\n: c": "a key is a word; found a sequence",
+    "run_name: &x [*x]": "refers to itself",
+    "do_train: false": "leaves nothing to do",
+    "ignore_bias_buffers: true": "has no effect",
     "hub_token: hf_abc": "r.yaml:3: a token does not belong in a recipe",
     "load_in_4bit: true": "a quantised model cannot be trained in full",
     "- a list": "not valid YAML",
@@ -187,6 +197,10 @@ def test_a_recipe_that_cannot_be_read(tmp_path):
     assert "latin.yaml: cannot read" in refusal(load_recipe, ["--config", str(tmp_path / "latin.yaml")])
     (tmp_path / "empty.yaml").write_text("")
     assert "a recipe is a YAML mapping" in refusal(load_recipe, ["--config", str(tmp_path / "empty.yaml")])
+
+
+def test_a_recipe_without_its_flag_is_pointed_to_it():
+    assert "a recipe is given with --config" in refusal(load_recipe, ["recipe.yaml"])
 
 
 def test_abbreviations_are_refused(recipe):

@@ -190,17 +190,37 @@ class TestResume:
     ):
         assert main(self.argv(tiny_model, chat_file, tmp_path / "run", max_steps=2)) == 0
         assert main(self.argv(tiny_model, chat_file, tmp_path / "run", max_steps=3)) == 2
-        assert "finished with other settings (max_steps: 2 -> 3)" in capsys.readouterr().err
+        assert "holds a run with other settings (max_steps: 2 -> 3)" in capsys.readouterr().err
 
-    def test_killed_before_the_model_was_saved_it_saves_without_training_again(self, tiny_model, chat_file, tmp_path):
-        argv = self.argv(tiny_model, chat_file, tmp_path / "run", max_steps=4)
+    @pytest.mark.parametrize("values", [{}, {"use_peft": True}], ids=["full", "lora"])
+    def test_killed_after_the_last_step_it_saves_without_training_again(
+        self, tiny_model, chat_file, tmp_path, monkeypatch, values
+    ):
+        out = tmp_path / "run"
+        more = {"max_steps": 4, "lr_scheduler_type": "constant", "do_eval": True, "test_split_size": 9, **values}
+        argv = self.argv(tiny_model, chat_file, out, **more)
         assert main(argv) == 0
-        whole = weights(tmp_path / "run")
-        for path in (tmp_path / "run").iterdir():
-            if path.is_file():
+        whole, logged, evaluated = weights(out), losses(out), losses(out, "eval_loss")
+        for path in out.iterdir():
+            if path.is_file() and path.name != "run_state.json":
                 path.unlink()
+        monkeypatch.setattr(SFTTrainer, "train", lambda *_, **__: pytest.fail("trained again"))
         assert main(argv) == 0
-        assert all(torch.equal(value, whole[name]) for name, value in weights(tmp_path / "run").items())
+        assert all(torch.equal(value, whole[name]) for name, value in weights(out).items())
+        assert losses(out) == logged
+        assert losses(out, "eval_loss") == pytest.approx(evaluated)
+        assert json.loads((out / "run_state.json").read_text())["global_step"] == 4
+        assert main(argv) == 0  # and is finished now
+
+    def test_other_settings_are_refused_and_logging_is_free(self, tiny_model, chat_file, tmp_path, stop_at, capsys):
+        out = tmp_path / "run"
+        stop_at(5)
+        with pytest.raises(KeyboardInterrupt):
+            main(self.argv(tiny_model, chat_file, out))
+        stop_at(None)
+        assert main(self.argv(tiny_model, chat_file, out, learning_rate=5e-4)) == 2
+        assert "holds a run with other settings (learning_rate: 0.001 -> 0.0005)" in capsys.readouterr().err
+        assert main(self.argv(tiny_model, chat_file, out, logging_steps=2)) == 0
 
 
 def test_training_goes_on_from_an_existing_adapter(tiny_model, chat_file, tmp_path, capsys):
@@ -246,7 +266,29 @@ def test_what_follows_the_save_cannot_lose_the_model(tiny_model, chat_file, tmp_
     assert "evaluation failed; the trained model is safe in" in caplog.text
     assert (tmp_path / "run" / "model.safetensors").is_file()
     assert (tmp_path / "run" / "README.md").is_file()  # what comes after the failure is still done
-    assert not (tmp_path / "run" / "run_state.json").exists()
+    assert json.loads((tmp_path / "run" / "run_state.json").read_text())["status"] == "running"
+
+
+def test_an_adapter_with_added_chat_tokens_can_be_trained_on(tmp_path, pairs, chat_file):
+    from make_docstrings import write_model
+
+    write_model(
+        tmp_path / "bare", [text for pair in pairs[:50] for text in pair], 400, 32, 1, special=["<|endoftext|>"]
+    )
+    common = {"dataset_name": chat_file, "use_peft": True, "lora_target_modules": "all-linear"}
+    assert main(settings(model_name_or_path=tmp_path / "bare", output_dir=tmp_path / "one", **common)) == 0
+    assert main(settings(model_name_or_path=tmp_path / "one", output_dir=tmp_path / "two", **common)) == 0
+    assert losses(tmp_path / "two")
+
+
+def test_a_dry_run_checks_everything_but_the_weights(tiny_model, chat_file, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "open_r1")
+    monkeypatch.setattr("open_r1.model.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    argv = settings(model_name_or_path=tiny_model, dataset_name=chat_file, output_dir=tmp_path / "run", dry_run=True)
+    assert main(argv) == 0
+    assert "this recipe can be run" in caplog.text
+    assert "rows in" in caplog.text
+    assert not (tmp_path / "run").exists()
 
 
 ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -278,6 +320,16 @@ REFUSED = {
     "no model": ({"model_name_or_path": None}, "no model: set model_name_or_path"),
     "unknown model": ({"model_name_or_path": "./nowhere"}, "no such directory: ./nowhere"),
     "no tokenizer": ({"model_name_or_path": "BARE"}, "its tokenizer cannot be loaded"),
+    "no batch": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1; found 0"),
+    "negative length": ({"max_length": -5}, "max_length must be at least 1; found -5"),
+    "tokens outside the vocabulary": (
+        {"dataset_name": b'{"input_ids": [1, 99999]}\n'},
+        "outside the vocabulary of 600",
+    ),
+    "evaluation data for nothing": ({"eval_dataset_name": "x.jsonl"}, "nothing evaluates on it"),
+    "packed evaluation alone": ({"eval_packing": "true"}, "eval_packing without packing"),
+    "nowhere to write": ({"output_dir": "FILE"}, "is no directory that can be written to"),
+    "a broken adapter": ({"model_name_or_path": "ADAPTER", "use_peft": "true"}, "names no base model"),
     "packing without a length": ({"packing": "true", "max_length": "none"}, "packing needs a max_length"),
     "contradiction of the trainer": ({"load_best_model_at_end": "true"}, "this recipe cannot be run"),
 }
@@ -290,11 +342,17 @@ def test_bad_input_is_refused_before_weights_are_loaded(tiny_model, tmp_path, mo
     if isinstance(values["dataset_name"], bytes):
         (tmp_path / "rows.jsonl").write_bytes(values["dataset_name"])
         values["dataset_name"] = tmp_path / "rows.jsonl"
+    if values["model_name_or_path"] == "ADAPTER":
+        values["model_name_or_path"] = tmp_path / "adapter"
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     if values["model_name_or_path"] == "BARE":
         values["model_name_or_path"] = tmp_path / "bare"
         (tmp_path / "bare").mkdir()
         shutil.copy(Path(tiny_model) / "config.json", tmp_path / "bare")
-    assert main(settings(output_dir=tmp_path / "run", **values)) == 2
+    if values.get("output_dir") == "FILE":
+        values["output_dir"] = values["dataset_name"]
+    assert main(settings(**{"output_dir": tmp_path / "run", **values})) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error

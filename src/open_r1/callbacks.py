@@ -40,14 +40,18 @@ class PushToHubRevision(TrainerCallback):
             logger.exception("%s was not pushed to %s; training goes on", folder, branch)
 
 
-def ready_branch(args: "SFTConfig", api: HfApi | None = None) -> None:
-    """Before training: make sure that the final model can be pushed. Raises `UserError` if the branch is taken."""
+def ready_branch(args: "SFTConfig", api: HfApi | None = None, resuming: bool = False) -> None:
+    """Before training: see that the final model can be pushed. Raises `UserError` if another run took the branch."""
     if not (args.push_to_hub or args.push_to_hub_revision):
         return
     api = api or HfApi()
     name = args.hub_model_id or Path(args.output_dir).absolute().name
-    repo = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
-    refuse_taken_branch(api, args, repo, args.hub_model_revision)
+    try:
+        repo = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+    except (OSError, ValueError) as error:
+        raise UserError(f"push_to_hub: {name} cannot be pushed to: {error}; log in with `hf auth login`") from error
+    if not resuming:
+        refuse_taken_branch(api, args, repo, args.hub_model_revision)
     api.create_branch(repo, branch=args.hub_model_revision, exist_ok=True)
 
 

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from open_r1.errors import UserError
@@ -46,6 +45,9 @@ def get_tokenizer(model_args: "ModelConfig", training_args: "SFTConfig") -> PreT
     tokens that had to be added, empty when the vocabulary has them all. Raises `UserError`.
     """
     tokenizer = load_tokenizer(model_args, training_args)
+    if isinstance(tokenizer.chat_template, dict):
+        logger.warning("of the chat templates %s the default is used", ", ".join(tokenizer.chat_template))
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     template = recipe_template(training_args)
     if template is not None:
         tokenizer.chat_template = template
@@ -132,7 +134,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # a template may raise anything
         raise UserError(f"the chat template cannot render a user and an assistant turn: {error}") from error
     tail = text[text.rfind(said) + len(said) :]
     special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)

@@ -7,6 +7,7 @@ starts a fresh optimizer. Here a checkpoint counts only when everything a resume
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ from open_r1.errors import UserError
 logger = logging.getLogger(__name__)
 RUN_STATE = "run_state.json"
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "pytorch_model_fsdp_0", "model.safetensors.index.json")
+NOT_SERVED = ("optimizer*", "scheduler*", "rng_state*", "scaler*", "trainer_state.json", "training_args.bin", "latest")
+# Settings that may change between a start and the next, by how their names begin.
+FREE = ("log", "report_to", "run_name", "save_", "eval_", "do_eval", "per_device_eval", "resume", "push_", "hub_")
+FREE += ("overwrite_", "wandb_", "trackio_", "callbacks", "disable_tqdm", "ddp_timeout", "dry_run", "dataloader_")
+FREE += ("dataset_num_proc",)
 OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")  # plain, FSDP, DeepSpeed
 
 
@@ -77,28 +83,45 @@ def what_it_lacks(checkpoint: Path) -> str:
     return ""
 
 
-def mark_finished(output_dir: str, step: int, settings: dict[str, Any]) -> None:
-    """Record that the run here is complete, with the settings it was started with."""
-    state = {"status": "complete", "global_step": step, "settings": settings}
+def at_last_step(checkpoint: str | None) -> bool:
+    """Whether a checkpoint is that of the last step, so that nothing is left to train."""
+    if checkpoint is None:
+        return False
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    return state["global_step"] >= state["max_steps"]
+
+
+def publish(checkpoint: str, output_dir: str) -> None:
+    """Copy the model in a checkpoint of the last step, all that serving needs, to where the final model belongs."""
+    for path in Path(checkpoint).iterdir():
+        if path.is_file() and not any(path.match(pattern) for pattern in NOT_SERVED):
+            shutil.copy2(path, output_dir)
+
+
+def record(output_dir: str, status: str, step: int, settings: dict[str, Any]) -> None:
+    """Write `run_state.json`: `running` or `complete`, at which step, and the settings the run was started with."""
+    state = {"status": status, "global_step": step, "settings": settings}
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
     partial = Path(output_dir) / f"{RUN_STATE}.partial"
     partial.write_text(json.dumps(state, indent=1, default=str) + "\n")
     partial.replace(Path(output_dir) / RUN_STATE)
 
 
 def finished(output_dir: str, settings: dict[str, Any]) -> int | None:
-    """The last step of the finished run in this directory, None when there is none.
+    """The last step of the finished run in this directory, None when there is none or its model is gone.
 
-    Raises `UserError` when that run was started with other settings: it is not passed off as this one.
+    Raises `UserError` when a run there was started with other settings: it is neither passed off as this one nor
+    gone on with under them. What only concerns logging, saving and evaluation may differ.
     """
     try:
         state = json.loads((Path(output_dir) / RUN_STATE).read_text())
-    except (OSError, ValueError):
+        status, step, before = state["status"], state["global_step"], dict(state["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    before, now = state["settings"], json.loads(json.dumps(settings, default=str))
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if changed:
-        shown = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in sorted(changed))
-        raise UserError(
-            f"{output_dir} holds a run that finished with other settings ({shown}); choose another output_dir"
-        )
-    return state["global_step"]
+    now = json.loads(json.dumps(settings, default=str))
+    keys = [key for key in {**before, **now} if not key.startswith(FREE) and before.get(key) != now.get(key)]
+    if keys and (status == "complete" or checkpoints(Path(output_dir))):
+        shown = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in sorted(keys))
+        raise UserError(f"{output_dir} holds a run with other settings ({shown}); choose another output_dir")
+    served = any((Path(output_dir) / name).exists() for name in WEIGHTS)
+    return step if status == "complete" and served else None

@@ -162,6 +162,10 @@ class SFTConfig(trl.SFTConfig):
     overwrite_hub_revision: bool = field(
         default=False, metadata={"help": "Allow pushing to a hub branch that already holds files."}
     )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Check recipe, model files and data, show the ledger, and stop before weights."},
+    )
     wandb_entity: str | None = field(default=None, metadata={"help": "W&B entity to log to."})
     wandb_project: str | None = field(default=None, metadata={"help": "W&B project to log to."})
     wandb_run_group: str | None = field(default=None, metadata={"help": "W&B group of the run."})
@@ -192,6 +196,8 @@ class SFTConfig(trl.SFTConfig):
         self._settle_precision()
         if self.benchmarks:
             raise ValueError(f"benchmarks {self.benchmarks} are not available yet; evaluate the saved model instead")
+        if self.eval_packing and not self.packing:
+            raise ValueError("eval_packing without packing would let documents see each other; set both, or neither")
         if self.packing and self.max_length is None:
             raise ValueError("packing needs a max_length: the number of tokens in a packed row")
         super().__post_init__()

@@ -114,11 +114,14 @@ def load_table(name: str, config: str | None, split: str) -> Dataset:
 
     Raises `UserError` when nothing is there, it cannot be read, or it holds no rows.
     """
+    name = os.path.expanduser(name)
     files = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name] if os.path.isfile(name) else []
     title = source_name(name, config, split)
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error it raises
     try:
+        if config is not None and (files or os.path.isdir(name) and is_saved(Path(name))):
+            raise UserError(f"{name}: dataset_config {config!r} belongs to a hub dataset; a file has none")
         if files:
             loader = loader_of(files)
             options = as_written(files) if loader == "csv" else {}

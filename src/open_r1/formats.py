@@ -4,6 +4,7 @@ A format is one function and one entry in `FORMATS`. Each raises `ValueError` wi
 should hold.
 """
 
+import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,14 +12,17 @@ from typing import Any
 from open_r1.errors import UserError
 
 Row = dict[str, Any]
+RESERVED = {"messages", "conversations", "tools", "template", "chat_template", "add_generation_prompt"}
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
 def from_messages(row: Row, column: str = "messages") -> Row:
     """Conversation under `role`/`content` or ShareGPT's `from`/`value`; tools and template arguments pass through."""
     messages = [message_of(message, index) for index, message in enumerate(list_of(row[column], column))]
-    kept = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
-    return {"messages": messages, **kept}
+    system = row.get("system")
+    if isinstance(system, str) and system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return {"messages": messages, **for_template(row)}
 
 
 def from_prompt_completion(row: Row) -> Row:
@@ -32,12 +36,34 @@ def from_prompt_completion(row: Row) -> Row:
         raise ValueError(
             f"prompt and completion are both text or both messages; found {brief(prompt)} and {brief(completion)}"
         )
-    kept = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
     return {
         "prompt": [message_of(message, index) for index, message in enumerate(list_of(prompt, "prompt"))],
         "completion": [message_of(message, index) for index, message in enumerate(list_of(completion, "completion"))],
-        **kept,
+        **for_template(row),
     }
+
+
+def for_template(row: Row) -> Row:
+    """What a row says to the chat template beside messages. Raises `ValueError` when it is of no use there."""
+    kept = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
+    if isinstance(kept.get("tools"), str):
+        try:
+            kept["tools"] = json.loads(kept["tools"])
+        except ValueError as error:
+            raise ValueError(f"tools is not valid JSON: {error}") from None
+    if not isinstance(kept.get("tools", []), list):
+        raise ValueError(f"tools must be a list of schemas; found {brief(kept['tools'])}")
+    given = kept.get("chat_template_kwargs", {})
+    if not isinstance(given, dict) or RESERVED & given.keys():
+        raise ValueError(f"chat_template_kwargs must hold arguments of the template, not {brief(given)}")
+    return {key: without_nulls(value) for key, value in kept.items()}
+
+
+def without_nulls(value: Any) -> Any:
+    """Mappings in `value` without the nulls that a column of mixed schemas fills in."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def from_text(row: Row, column: str = "text") -> Row:
@@ -48,10 +74,22 @@ def from_text(row: Row, column: str = "text") -> Row:
 
 
 def from_tokens(row: Row) -> Row:
-    """Rows that somebody tokenised already: `input_ids` and, of the same length, `labels`."""
-    ids, labels = row["input_ids"], row.get("labels", row["input_ids"])
-    if not ids or labels is None or len(ids) != len(labels):
-        raise ValueError(f"input_ids and labels are lists of one length; found {brief(ids)} and {brief(labels)}")
+    """Rows that somebody tokenised already: `input_ids`, and `labels` or TRL's masks of the same length."""
+    ids = row["input_ids"]
+    labels = row.get("labels", ids)
+    masks = [row[name] for name in ("completion_mask", "assistant_masks") if row.get(name) is not None]
+    for name, values in (("input_ids", ids), ("labels", labels), *(("a mask", mask) for mask in masks)):
+        if (
+            not isinstance(values, list)
+            or len(values) != len(ids)
+            or not all(type(v) is int for v in values)
+            or not ids
+        ):
+            raise ValueError(
+                f"input_ids, labels and masks are lists of numbers, of one length; {name} is {brief(values)}"
+            )
+    if masks and "labels" not in row:
+        labels = [token if all(said) else -100 for token, *said in zip(ids, *masks, strict=True)]
     return {"input_ids": ids, "labels": labels}
 
 
@@ -92,7 +130,7 @@ def message_of(message: Any, index: int) -> Row:
     """A message under `role` and `content`, absent fields left out. Raises `ValueError` when either is missing."""
     if not isinstance(message, dict):
         raise ValueError(f"message {index} must hold role and content; found {brief(message)}")
-    said = {key: value for key, value in message.items() if value is not None}
+    said = {key: without_nulls(value) for key, value in message.items() if value is not None}
     if "from" in said and "role" not in said:
         said["role"] = said.pop("from")
     if "value" in said and "content" not in said:

@@ -22,11 +22,10 @@ def entry_of(name: str, source_rows: int, drawn: np.ndarray, columns: dict[str, 
     value a tokenised row; `splits` whether additional rows come from splitting texts, not from expanding turns.
     """
     times = drawn[columns["row"]]
-    kept = np.array([reason is None for reason in columns["dropped"]], dtype=bool)
+    kept = np.equal(columns["dropped"], None)
     dropped: Counter = Counter()
-    for reason, count in zip(columns["dropped"], times, strict=True):
-        if reason is not None:
-            dropped[reason] += int(count)
+    for reason, count in zip(columns["dropped"][~kept], times[~kept], strict=True):
+        dropped[reason] += int(count)
     extra = int(times.sum() - drawn.sum())
     sums = {column: int((columns[column] * times).sum()) for column in SUMMED}
     lengths = np.repeat(columns["tokens"][kept], times[kept])

@@ -38,7 +38,8 @@ def numbered(source: int, size: int) -> Dataset:
 def take(rows: Dataset, weight: float, seed: int, name: str) -> Dataset:
     """`weight` times the rows: a seeded shuffle, whole as often as `weight` says, then its first part."""
     shuffled = rows.shuffle(seed=seed)
-    wholes, part = int(weight), int(len(rows) * (weight - int(weight)))
+    wholes = int(weight)
+    part = int(len(rows) * weight) - wholes * len(rows)
     if wholes == 0 and part == 0:
         raise UserError(f"{name}: weight {weight} selects no row of its {len(rows)}; raise it or remove the source")
     return concatenate_datasets([shuffled] * wholes + [shuffled.select(range(part))])
@@ -63,4 +64,5 @@ def split(order: Dataset, test_size: float | None, seed: int, repeated: bool) ->
 
 def pairs(order: Dataset) -> list[tuple[int, int]]:
     """(source, row) of every row of an order."""
-    return list(zip(order["source"], order["row"], strict=True))
+    columns = order.with_format("numpy")
+    return list(zip(columns["source"][:].tolist(), columns["row"][:].tolist(), strict=True))

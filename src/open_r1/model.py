@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 from trl import get_peft_config, get_quantization_config
@@ -37,7 +38,7 @@ def check_model(model_args: "ModelConfig", training_args: "SFTConfig") -> None:
         )
     if (model_args.load_in_4bit or model_args.load_in_8bit) and not importlib.util.find_spec("bitsandbytes"):
         raise UserError("load_in_4bit and load_in_8bit need bitsandbytes: pip install 'open-r1[quant]'")
-    for tracker in set(training_args.report_to) & {"wandb", "tensorboard", "mlflow", "trackio", "comet_ml"}:
+    for tracker in set(training_args.report_to) & {"wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "clearml"}:
         if not importlib.util.find_spec(tracker) and not (
             tracker == "tensorboard" and importlib.util.find_spec("tensorboardX")
         ):
@@ -61,36 +62,60 @@ def check_model(model_args: "ModelConfig", training_args: "SFTConfig") -> None:
         raise UserError(f"model_name_or_path: {model_args.model_name_or_path!r} cannot be read: {text}") from error
 
 
-def get_model(model_args: "ModelConfig", training_args: "SFTConfig") -> PreTrainedModel:
-    """Load the weights; where `model_name_or_path` is an adapter, its base with the adapter on it, trainable."""
+def get_model(
+    model_args: "ModelConfig",
+    training_args: "SFTConfig",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    weights: str | None = None,
+) -> PreTrainedModel:
+    """Load the model, its vocabulary grown to the tokenizer's where one is given.
+
+    Where `model_name_or_path` is an adapter, its base with the adapter on it, trainable. `weights` is a checkpoint to
+    load instead. Raises `UserError` when the weights cannot be loaded.
+    """
     dtype = weights_dtype(model_args, training_args)
     quantization = get_quantization_config(replace(model_args, dtype=dtype))
+    name = weights or model_args.model_name_or_path
+    base = adapter_base(name)
     kwargs: dict[str, Any] = {
-        "revision": model_args.model_revision,
+        "revision": None if weights or base else model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
         "attn_implementation": model_args.attn_implementation,
         "dtype": dtype,
         "quantization_config": quantization,
         **(training_args.model_init_kwargs or {}),
     }
-    if quantization is not None and torch.cuda.is_available():
+    zero3 = training_args.deepspeed_plugin is not None and training_args.deepspeed_plugin.zero_stage == 3
+    if quantization is not None and torch.cuda.is_available() and not zero3:  # ZeRO-3 places the weights itself
         kwargs["device_map"] = {"": training_args.local_process_index}
-    name = model_args.model_name_or_path
-    base = adapter_base(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base or name, **kwargs)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(
+            f"{base or name}: the weights cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from error
+    if tokenizer is not None:
+        fit_vocabulary(model, tokenizer)
     if base is None:
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        return model
 
     from peft import PeftModel
 
-    model = AutoModelForCausalLM.from_pretrained(base, **{**kwargs, "revision": None})
-    logger.info("training goes on from the adapter %s on %s", name, base)
-    return PeftModel.from_pretrained(model, name, is_trainable=True)
+    model = PeftModel.from_pretrained(model, name, is_trainable=True)
+    settings = model.peft_config["default"]
+    logger.info("training goes on from the adapter %s on %s; its own r=%d and targets hold", name, base, settings.r)
+    return model
 
 
 def adapter_base(name: str) -> str | None:
     """The base model of a local adapter directory, None for anything else."""
     config = Path(name) / "adapter_config.json"
-    return json.loads(config.read_text())["base_model_name_or_path"] if config.is_file() else None
+    if not config.is_file():
+        return None
+    try:
+        return json.loads(config.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config}: names no base model: {error!r}") from error
 
 
 def weights_dtype(model_args: "ModelConfig", training_args: "SFTConfig") -> str:
@@ -106,6 +131,8 @@ def weights_dtype(model_args: "ModelConfig", training_args: "SFTConfig") -> str:
                 "unchanged; remove dtype to train float32 weights in bf16 mixed precision"
             )
         return model_args.dtype
+    if training_args.fp16 and model_args.use_peft:
+        return "float16"
     if not training_args.bf16:
         return "float32"
     return "bfloat16" if model_args.use_peft or training_args.deepspeed_plugin is not None else "float32"
@@ -114,7 +141,8 @@ def weights_dtype(model_args: "ModelConfig", training_args: "SFTConfig") -> str:
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Grow the embeddings to the tokenizer's length, new rows around the mean of the old; never shrink them."""
     if len(tokenizer) > model.config.get_text_config().vocab_size:
-        model.resize_token_embeddings(len(tokenizer))
+        # On ranks that FSDP gives no weights yet there is no mean; they receive those of the first rank.
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=model.device.type != "meta")
         logger.info("embeddings resized to %d tokens", len(tokenizer))
 
 

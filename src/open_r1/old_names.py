@@ -63,6 +63,9 @@ def modernise(values: dict[str, Any], places: dict[str, str], notes: list[str], 
             )
             value = {name: item for name, item in value.items() if name not in OLD_DATASET_KWARGS} or None
         renamed = OLD_VALUES.get(today, {})
+        value = (
+            {"true": True, "false": False}.get(value, value) if isinstance(value, str) and True in renamed else value
+        )
         if isinstance(value, (str, bool)) and value in renamed:
             if today == key:
                 notes.append(f"{where}: {key}: {value} is now called {renamed[value]}; read as such")

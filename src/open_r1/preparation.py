@@ -82,14 +82,15 @@ def assemble(
 ) -> tuple[Dataset, ledger.Entry]:
     """Tokenise what `order` draws, lay it out in that order without what was dropped, and pack; with its ledger."""
     how = Supervision.of(args, packing)
-    drawn_from, drawn_rows = np.array(order["source"]), np.array(order["row"])
+    numbers = order.with_format("numpy")
+    drawn_from, drawn_rows = numbers["source"][:], numbers["row"][:]
     tables, entries, start = [], [], 0
     first, last = np.zeros(len(order), dtype=np.int64), np.zeros(len(order), dtype=np.int64)
     for number, source in enumerate(sources):
         mine = drawn_from == number
         rows, position = np.unique(drawn_rows[mine], return_inverse=True)
         table = tokenize_source(source, rows, tokenizer, how, args.dataset_num_proc)
-        columns = {name: np.array(table[name]) for name in ("row", "digest", "dropped", *COUNTS)}
+        columns = {name: table.data.column(name).to_numpy() for name in ("row", "digest", "dropped", *COUNTS)}
         first[mine] = start + np.searchsorted(columns["row"], position, side="left")
         last[mine] = start + np.searchsorted(columns["row"], position, side="right")
         splits = how.on_long_row == "split"
@@ -99,14 +100,14 @@ def assemble(
         start += len(table)
     together = concatenate_datasets(tables)
     places = ranges(first, last)
-    places = places[np.array([reason is None for reason in together["dropped"]])[places]]
+    places = places[together.data.column("dropped").is_null().to_numpy()[places]]
     if len(places) == 0:
         raise UserError(f"no row of the {part} data has a supervised token within max_length {args.max_length}")
     chosen = together.select(places).select_columns(["input_ids", "labels"])
     if args.shuffle_dataset:
         chosen = chosen.shuffle(seed=args.seed)
     batch = args.per_device_train_batch_size if part == "train" else args.per_device_eval_batch_size
-    lengths = np.array(together["tokens"])[places]
+    lengths = together.data.column("tokens").to_numpy()[places]
     if packing:
         chosen = pack_dataset(chosen, args.max_length, args.packing_strategy, {"desc": f"Packing {part}"})
     closed = ledger.close(part, entries, lengths, batch, len(chosen) if packing else None, args.max_length)

@@ -92,7 +92,8 @@ class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are `UserError`s."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{CLI}: {message}; --help lists all settings")
+        hint = "a recipe is given with --config" if ".yaml" in message else "--help lists all settings"
+        raise UserError(f"{CLI}: {message}; {hint}")
 
 
 def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -112,7 +113,10 @@ def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
         raise UserError(f"{path}: a recipe is a YAML mapping of settings (key: value); this file holds none")
     places = {"": path}
     problems: list[str] = []
-    values = plain_value(loader, root, "", path, places, problems)
+    try:
+        values = plain_value(loader, root, "", path, places, problems)
+    except RecursionError:
+        raise UserError(f"{path}: an alias (*name) refers to itself; write the value out") from None
     if problems:
         raise UserError("\n".join(problems))
     return values, places
@@ -140,8 +144,11 @@ def plain_value(
     first_said: dict[str, int] = {}
     for key, _ in node.value:
         line = key.start_mark.line + 1
-        if first_said.setdefault(key.value, line) != line:
+        if not isinstance(key, yaml.ScalarNode):
+            raise UserError(f"{path}:{line}: a key is a word; found a {key.id}")
+        if key.value in first_said:
             problems.append(f"{path}:{line}: {inside}{key.value} is said twice, first in line {first_said[key.value]}")
+        first_said.setdefault(key.value, line)
     loader.flatten_mapping(node)
     for key, value in node.value:
         name = str(loader.construct_object(key, deep=True))
@@ -183,6 +190,8 @@ def fit(value: Any, spec: dict[str, Any], key: str, where: str, places: dict[str
         problems.append(f"{where}: {key} is one of {', '.join(spec['examples'])}; found {value!r}")
     elif isinstance(value, float) and not math.isfinite(value):
         problems.append(f"{where}: {key} must be a finite number; found {value!r}")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool) and value < spec.get("minimum", value):
+        problems.append(f"{where}: {key} must be at least {spec['minimum']}; found {value!r}")
     elif isinstance(value, (int, float)) and value <= spec.get("exclusiveMinimum", float("-inf")):
         problems.append(f"{where}: {key} must be above {spec['exclusiveMinimum']}; found {value!r}")
     return value
@@ -252,6 +261,13 @@ def contradictions(recipe: Recipe) -> list[str]:
             f"{origin['dataset_streaming']}: dataset_streaming cannot be resumed exactly and is not supported; "
             "leave it out, prepared data is memory-mapped and needs no memory either"
         )
+    evaluated = values.get("do_eval") or values.get("eval_strategy", "no") != "no"
+    if values.get("eval_dataset_name") and not evaluated:
+        found.append(f"{origin['eval_dataset_name']}: nothing evaluates on it; set eval_strategy, or do_eval: true")
+    if values.get("do_train") is False:
+        found.append(f"{origin['do_train']}: do_train: false leaves nothing to do here; remove it")
+    if values.get("ignore_bias_buffers"):
+        found.append(f"{origin['ignore_bias_buffers']}: ignore_bias_buffers has no effect on supervised fine-tuning")
     if mixture and values.get("test_split_size"):
         found.append(f"{origin['test_split_size']}: with a mixture, set test_split_size inside dataset_mixture")
     if values.get("fp16") and values.get("bf16"):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a script: what stands beside it must not hide other packages' modules
     sys.path[0] = str(Path(__file__).parents[1])
 
-from open_r1.checkpoints import checkpoint_to_resume, finished, mark_finished
+from open_r1.checkpoints import at_last_step, checkpoint_to_resume, finished, record
 from open_r1.errors import UserError
 from open_r1.recipe import Recipe, load_recipe
 
@@ -45,8 +45,9 @@ def run(recipe: Recipe) -> int:
     """Train what the recipe says; returns the exit code. Heavy imports come after all that can fail without them."""
     for note in recipe.notes:
         logger.warning(note)
-    output_dir = recipe.values.setdefault("output_dir", "data/sft")
-    settings = {key: value for key, value in recipe.values.items() if key != "resume_from_checkpoint"}
+    output_dir, settings = recipe.values.setdefault("output_dir", "data/sft"), recipe.values
+    if not output_dir or Path(output_dir).is_file():
+        raise UserError(f"output_dir: {output_dir!r} is no directory that can be written to")
     if (step := finished(output_dir, settings)) is not None:
         logger.info("this run finished at step %d and its model is in %s: nothing to do", step, output_dir)
         return 0
@@ -58,9 +59,9 @@ def run(recipe: Recipe) -> int:
     from open_r1 import ledger
     from open_r1.callbacks import get_callbacks, ready_branch
     from open_r1.chat import get_tokenizer
-    from open_r1.model import adapter_config, check_model, fit_vocabulary, get_model
+    from open_r1.model import adapter_config, check_model, get_model
     from open_r1.preparation import prepare
-    from open_r1.report import after_saving, summarize
+    from open_r1.report import after_saving, restore, summarize, train
     from open_r1.trainer import name_trackers, set_verbosity, trainer_arguments
 
     script_args, training_args, model_args = build_configs(recipe)
@@ -72,11 +73,16 @@ def run(recipe: Recipe) -> int:
     tokenizer = get_tokenizer(model_args, training_args)
     prepared = prepare(script_args, training_args, tokenizer)
 
+    if training_args.dry_run:
+        logger.info("checked: this recipe can be run; nothing was trained")
+        return 0
     if training_args.process_index == 0:
-        ready_branch(training_args)
+        ready_branch(training_args, resuming=checkpoint is not None)
+        record(output_dir, "running", 0, settings)
+        ledger.write(output_dir, prepared.ledgers)
     name_trackers(training_args)
-    model = get_model(model_args, training_args)
-    fit_vocabulary(model, tokenizer)
+    trained = at_last_step(checkpoint)
+    model = get_model(model_args, training_args, tokenizer, weights=checkpoint if trained else None)
     trainer = SFTTrainer(
         model=model,
         args=trainer_arguments(training_args),
@@ -86,17 +92,15 @@ def run(recipe: Recipe) -> int:
         peft_config=adapter_config(model_args, model, tokenizer),
         callbacks=callbacks,
     )
-    if trainer.is_world_process_zero():
-        ledger.write(output_dir, prepared.ledgers)
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    trainer.save_model(output_dir, _internal_call=True)  # without pushing: that comes last
-    trainer.save_state()
-    trainer.save_metrics("train", metrics)
+    if trained:  # a run that was stopped after its last step: its checkpoint is the model
+        restore(trainer, checkpoint)
+    else:
+        train(trainer, checkpoint)
     failed = after_saving(trainer, script_args, evaluate=prepared.eval is not None)
     if trainer.is_world_process_zero():
         if not failed:
-            mark_finished(output_dir, trainer.state.global_step, settings)
-        summarize(trainer, metrics)
+            record(output_dir, "complete", trainer.state.global_step, settings)
+        summarize(trainer)
     trainer.end()
     return 1 if failed else 0
 
@@ -111,6 +115,12 @@ def build_configs(recipe: Recipe) -> "tuple[ScriptArguments, SFTConfig, ModelCon
         )
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"this recipe cannot be run: {error}") from error
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if training_args.world_size != launched:
+        raise UserError(
+            f"{launched} processes were launched, but each would train alone: no GPU is found for them; on a machine "
+            "without GPUs add --use_cpu, else check the driver and CUDA_VISIBLE_DEVICES"
+        )
     return script_args, training_args, model_args
 
 

@@ -186,7 +186,11 @@ def row_pieces(
 ) -> list[Piece]:
     """A row in TRL's format as texts with supervised spans, or as the ids that it brings."""
     if "input_ids" in row:
-        ids, labels = (np.asarray(row[name], dtype=np.int32) for name in ("input_ids", "labels"))
+        ids, labels = (np.array(row[name], dtype=np.int64) for name in ("input_ids", "labels"))
+        for name, values in (("input_ids", ids), ("labels", labels[labels != IGNORED])):
+            if ((values < 0) | (values >= len(tokenizer))).any():
+                raise ValueError(f"{name} holds tokens outside the vocabulary of {len(tokenizer)}")
+        ids, labels = ids.astype(np.int32), labels.astype(np.int32)
         return [Piece(index, Counter(), ids=ids, ranges=ranges_of(labels), labels=labels)]
     if "text" in row:
         text = with_stop(row["text"], tokenizer)
@@ -207,10 +211,7 @@ def row_pieces(
 
 def template_kwargs(row: Row) -> dict[str, Any]:
     """A row's tools and template arguments, absent ones left out."""
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    given = {key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
-    return {**({"tools": tools} if tools else {}), **given}
+    return {**({"tools": row["tools"]} if row.get("tools") else {}), **row.get("chat_template_kwargs", {})}
 
 
 def render_conversation(
@@ -231,8 +232,8 @@ def render_conversation(
         raise ValueError("no assistant turn to learn from; add one, or set supervision: full")
     elif how.supervision == "template":
         text, spans = template.render_with_markers(messages, **kwargs)
-        turns_before = sum(message["role"] == "assistant" for message in messages[:given])
-        renderings, counts = [(text, spans[turns_before:])], Counter()
+        asked = len(template.render(messages[:given], prompt=True, **kwargs)) if given else 0
+        renderings, counts = [(text, [span for span in spans if span[1] > asked])], Counter()
     else:
         first = len(messages) - 1 if how.supervision == "last_turn" else given
         renderings, counts = conversation_rows(

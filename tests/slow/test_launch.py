@@ -3,6 +3,7 @@
 The first ZeRO launch builds one DeepSpeed op (about two minutes, cached in TORCH_EXTENSIONS_DIR).
 """
 
+import json
 import os
 import random
 import signal
@@ -57,7 +58,7 @@ class TestDocstringRecipe:
             argv += ["--model_name_or_path", docstrings / "model", "--dataset_name", docstrings / "docstrings.jsonl"]
             argv += ["--per_device_train_batch_size", 4 if config else 8]
             output = run(config, argv)
-            assert "7910 of 7910 rows" in output or " rows" in output
+            assert "rows in" in output
             found[config] = losses(out)
         return found
 
@@ -103,7 +104,7 @@ def test_killed_and_started_again_it_is_the_same_run(config, packing, tiny_model
             if seen == target:
                 break
         os.killpg(process.pid, signal.SIGKILL)
-    assert not (torn / "run_state.json").exists()
+    assert json.loads((torn / "run_state.json").read_text())["status"] == "running"
     assert "resuming from" in run(config, argv(torn))
     assert losses(torn) == losses(tmp_path / "whole")
     assert len(losses(torn)) == 40
@@ -145,6 +146,15 @@ def test_added_chat_tokens_survive_sharding(config, peft, tmp_path, pairs, chat_
     # Old rows moved a little from where they were, new rows lie among them: nothing was scrambled by the shards.
     assert (end[:400].float() - start).abs().max() < 0.1
     assert 0 < (end[400:].float() - start.mean(0)).norm(dim=1).max() < 2 * start.norm(dim=1).max()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs the processes find each other")
+def test_processes_that_would_train_alone_are_refused(tiny_model, chat_file, tmp_path):
+    argv = settings(model_name_or_path=tiny_model, dataset_name=chat_file, output_dir=tmp_path / "run", use_cpu=None)
+    done = subprocess.run(command("ddp", argv), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "2 processes were launched, but each would train alone" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_start_while_the_first_prepares_does_the_work_once(tiny_model, docstrings, tmp_path):
