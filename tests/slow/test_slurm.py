@@ -1,0 +1,237 @@
+"""slurm/train.slurm on a cluster of two nodes, both on this machine, and its dry run without any cluster."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, losses, settings
+
+DEMO = ["--model", "demo", "--task", "sft", "--config", "arithmetic", "--accelerator", "ddp"]
+HOSTILE = [
+    "",
+    " ",
+    "two words",
+    " padded\t",
+    'double " quote',
+    "single ' quote",
+    "$HOME",
+    "${HOME}",
+    "$(id)",
+    "`id`",
+    "a; id",
+    "a && id",
+    "a | id",
+    "> file",
+    "*",
+    "~",
+    "back\\slash\\",
+    "<|im_end|>",
+    "two\nlines\n",
+    "größe 模型 🙂",
+    "!!",
+    "#comment",
+    "{a,b}",
+    "--",
+    "--machine_rank=7",
+    "%s%n",
+    '{"eos": "<|im_end|>", "x": [1]}',
+]
+
+
+def environment(**more):
+    """Of a user outside any job, with this interpreter's programs on PATH."""
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OPEN_R1"))}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**outside, "PATH": path, "OMP_NUM_THREADS": "1", **{key: str(value) for key, value in more.items()}}
+
+
+def dry_run(*argv, cwd=ROOT, **env):
+    return subprocess.run(
+        ["bash", "slurm/train.slurm", "--dry-run", *argv],
+        cwd=cwd,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+    )
+
+
+def words(command):
+    """The words of a printed command, as bash itself reads them."""
+    done = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True)
+    return done.stdout.split("\0")[:-1]
+
+
+class TestDryRun:
+    def test_prints_the_command_of_a_job(self):
+        done = dry_run(*DEMO, "--args", "--learning_rate 1e-5", SLURM_NNODES=2)
+        assert done.returncode == 0, done.stderr
+        command = words(done.stdout)
+        assert command[0] == "srun"
+        assert "--nodes=2" in command
+        launch = " ".join(command[command.index("launch") :])
+        assert "--config_file recipes/accelerate_configs/ddp.yaml --num_machines 2 --num_processes 16" in launch
+        assert launch.endswith(
+            "src/open_r1/sft.py --config recipes/demo/sft/config_arithmetic.yaml --learning_rate 1e-5"
+        )
+
+    def test_a_recipe_by_its_path_and_options_with_equals_signs(self):
+        by_path = ["--recipe=recipes/demo/sft/config_arithmetic.yaml", "--accelerator=ddp"]
+        assert dry_run(*by_path).stdout == dry_run(*DEMO).stdout != ""
+
+    def test_hostile_arguments_are_printed_so_that_a_shell_reads_them_back(self):
+        done = dry_run(*DEMO, "--args", shlex.join(HOSTILE), "--", *HOSTILE)
+        assert words(done.stdout)[-2 * len(HOSTILE) :] == HOSTILE * 2
+
+    def test_the_site_file_brings_the_environment(self, tmp_path):
+        site = tmp_path / "site.sh"
+        site.write_text("export PROCESSES_PER_NODE=3\nfalse\n")
+        assert "--num_processes 3 " in dry_run(*DEMO, OPEN_R1_SITE=site).stdout
+        done = dry_run(*DEMO, OPEN_R1_SITE=tmp_path / "none.sh")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "OPEN_R1_SITE: no such file" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            ([*DEMO, "--learning_rate", "1"], "unknown option: --learning_rate"),
+            ([*DEMO, "--args"], "--args needs a value"),
+            ([*DEMO, "--args", "--a 'b"], "No closing quotation"),
+            (DEMO[2:], "give --model and --config, or --recipe"),
+            ([*DEMO, "--recipe", "x.yaml"], "not both"),
+            (DEMO[:-2], "give --accelerator: ddp.yaml"),
+            ([*DEMO[:-1], "zero9"], "no such file: recipes/accelerate_configs/zero9.yaml"),
+            ([*DEMO, "--config", "none"], "no such file: recipes/demo/sft/config_none.yaml"),
+        ],
+    )
+    def test_mistakes_are_named(self, argv, message):
+        done = dry_run(*argv)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in done.stderr
+
+    def test_outside_a_job_nothing_is_started(self):
+        done = subprocess.run(
+            ["bash", "slurm/train.slurm", *DEMO], cwd=ROOT, env=environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 2
+        assert "submit this with sbatch" in done.stderr
+
+    @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+    def test_shellcheck(self):
+        scripts = ["slurm/train.slurm", "tests/slow/slurm_cluster.sh"]
+        done = subprocess.run(["shellcheck", *scripts], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Slurm with two nodes; gives the environment that finds it."""
+    script, folder = ROOT / "tests/slow/slurm_cluster.sh", tmp_path_factory.mktemp("cluster")
+    up = subprocess.run(["bash", script, "up", folder, "2"], capture_output=True, text=True)
+    if up.returncode == 3:
+        pytest.skip(up.stderr.strip())
+    try:
+        assert up.returncode == 0, up.stderr
+        yield {"SLURM_CONF": folder / "slurm.conf"}
+    finally:
+        subprocess.run(["bash", script, "down", folder], check=True)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A root of the repository whose logs are the test's own."""
+    for name in ("src", "recipes", "slurm"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (tmp_path / "logs").mkdir()
+    return tmp_path
+
+
+def sbatch(root, cluster, *argv, **env):
+    """Submit train.slurm for two nodes and wait for the job's end; returns its exit code and its log."""
+    done = subprocess.run(
+        ["sbatch", "--wait", "--parsable", "--nodes=2", "slurm/train.slurm", *map(str, argv)],
+        cwd=root,
+        env=environment(**cluster, **env),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    log = root / f"logs/open-r1-{done.stdout.strip()}.out"
+    assert log.is_file(), done.stdout + done.stderr
+    return done.returncode, log.read_text()
+
+
+def test_two_nodes_train_as_one_process_does(tiny_model, chat_file, cluster, root):
+    common = {"model_name_or_path": tiny_model, "dataset_name": chat_file}
+    recipe = root / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**common, "output_dir": str(root / "two")}))
+    argv = settings(max_steps=6, per_device_train_batch_size=2)
+    code, log = sbatch(
+        *(root, cluster, "--recipe", recipe, "--accelerator", "ddp", "--args", shlex.join(argv)), PROCESSES_PER_NODE=1
+    )
+    assert code == 0, log
+    assert "ended with exit code 0" in log
+    subprocess.run(
+        [sys.executable, "src/open_r1/sft.py"]
+        + settings(**common, max_steps=6, per_device_train_batch_size=4, output_dir=root / "one"),
+        cwd=ROOT,
+        env=environment(),
+        check=True,
+    )
+    assert len(losses(root / "two")) == 6
+    assert losses(root / "two") == pytest.approx(losses(root / "one"), abs=1e-4)
+
+
+STAND_IN = """
+import json, os, sys
+
+names = ["RANK", "WORLD_SIZE", "GROUP_RANK", "SLURM_PROCID", "SLURMD_NODENAME", "MASTER_ADDR", "MASTER_PORT"]
+seen = {"argv": sys.argv[1:], **{name: os.environ[name] for name in names}}
+with open(os.path.join(os.environ["SEEN"], os.environ["RANK"]), "w") as file:
+    json.dump(seen, file)
+"""
+
+
+def test_hostile_arguments_reach_every_process_unchanged(cluster, root):
+    (root / "stand_in.py").write_text(STAND_IN)
+    (root / "seen").mkdir()
+    code, log = sbatch(
+        *(root, cluster, *DEMO, "--args", shlex.join(HOSTILE), "--", *HOSTILE),
+        PROCESSES_PER_NODE=2,
+        OPEN_R1_ENTRY="stand_in.py",
+        SEEN=root / "seen",
+    )
+    assert code == 0, log
+    seen = [json.loads((root / "seen" / str(rank)).read_text()) for rank in range(4)]
+    for process in seen:
+        assert process["argv"] == ["--config", "recipes/demo/sft/config_arithmetic.yaml", *HOSTILE, *HOSTILE]
+        assert process["WORLD_SIZE"] == "4"
+        assert process["MASTER_ADDR"] == "127.0.0.1"  # the node's address: n1 is no name that resolves
+        assert process["GROUP_RANK"] == process["SLURM_PROCID"]
+    assert [process["SLURMD_NODENAME"] for process in seen] == ["n1", "n1", "n2", "n2"]
+    assert len({process["MASTER_PORT"] for process in seen}) == 1
+
+
+def test_a_dry_run_in_a_job_shows_what_its_allocation_gives(cluster, root):
+    code, log = sbatch(root, cluster, "--dry-run", *DEMO)
+    assert code == 0, log
+    assert "--num_machines 2" in log
+    assert "--num_processes 16" in log  # 2 nodes of 8 GPUs, as the #SBATCH lines ask
+    assert "--main_process_ip 127.0.0.1" in log
+
+
+def test_a_run_that_fails_fails_the_job(tiny_model, chat_file, cluster, root):
+    recipe = root / "recipe.yaml"
+    recipe.write_text(f"model_name_or_path: {tiny_model}\ndataset_name: {chat_file}\nlearning_rte: 1.0e-5\n")
+    code, log = sbatch(
+        root, cluster, "--recipe", recipe, "--accelerator", "ddp", "--args", "--use_cpu", PROCESSES_PER_NODE=1
+    )
+    assert code != 0
+    assert "learning_rte is not a setting" in log
+    assert f"ended with exit code {code}" in log
