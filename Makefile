@@ -9,7 +9,7 @@ ARGS ?=
 DEMO := data/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo sft check test test-slow quality style schema clean
+.PHONY: help install demo sft check prepare preview test test-slow quality style schema clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,12 @@ sft: .venv/installed $(if $(findstring zero,$(ACCELERATOR)),.venv/installed-deep
 
 check: .venv/installed ## Check a recipe, its model files and its data without training: make check RECIPE=...
 	$(RUN) python src/open_r1/sft.py --config $(RECIPE) --dry_run $(ARGS)
+
+prepare: .venv/installed ## Tokenise and pack a recipe's data on a CPU: make prepare RECIPE=... [ARGS="--export DIR"]
+	$(RUN) python scripts/prepare.py --config $(RECIPE) $(ARGS)
+
+preview: .venv/installed ## Show samples with supervised tokens coloured, and write preview.html: make preview RECIPE=...
+	$(RUN) python scripts/preview.py --config $(RECIPE) $(ARGS)
 
 test: .venv/installed ## Tests that need no GPU and no network, under 12 minutes on 2 cores
 	$(RUN) python -m pytest $(ARGS)

@@ -160,7 +160,7 @@ class TestPrepare:
         long = [{"role": "user", "content": "why " * 200}, CHAT[1]]
         path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": CHAT}, {"messages": long}, {"messages": CHAT}])
         caplog.set_level("INFO", "open_r1")
-        train = self.prepare(tiny_model, path, self.arguments(max_length=150)).train
+        train = self.prepare(tiny_model, path, self.arguments(max_length=150)).train.rows
         assert len(train) == 2
         assert "1 rows dropped: nothing supervised in it" in caplog.text
 
@@ -170,11 +170,11 @@ class TestPrepare:
             self.prepare(tiny_model, path, self.arguments(max_length=5))
 
     def test_packing_keeps_every_token(self, tiny_model, chat_file):
-        loose = self.prepare(tiny_model, chat_file, self.arguments(max_length=256)).train
+        loose = self.prepare(tiny_model, chat_file, self.arguments(max_length=256)).train.rows
         prepared = self.prepare(
             tiny_model, chat_file, self.arguments(max_length=256, packing=True, do_eval=True), test_split_size=0.2
         )
-        packed, held_out = prepared.train, prepared.eval
+        packed, held_out = prepared.train.rows, prepared.eval.rows
         assert set(packed.column_names) == {"input_ids", "labels", "seq_lengths"}
         assert sum(map(len, packed["input_ids"])) + sum(map(len, held_out["input_ids"])) == sum(
             map(len, loose["input_ids"])
@@ -185,18 +185,18 @@ class TestPrepare:
             chat_file,
             self.arguments(max_length=256, packing=True, eval_packing=False, do_eval=True),
             test_split_size=0.2,
-        ).eval
+        ).eval.rows
         assert set(unpacked.column_names) == {"input_ids", "labels"}
 
     def test_a_second_preparation_reads_no_row(self, tiny_model, chat_file, monkeypatch):
-        first = self.prepare(tiny_model, chat_file, self.arguments(max_length=77)).train
+        first = self.prepare(tiny_model, chat_file, self.arguments(max_length=77)).train.rows
         monkeypatch.setattr("open_r1.tokenization.row_pieces", lambda *_: pytest.fail("a row was tokenised again"))
-        second = self.prepare(tiny_model, chat_file, self.arguments(max_length=77)).train
+        second = self.prepare(tiny_model, chat_file, self.arguments(max_length=77)).train.rows
         assert first["input_ids"] == second["input_ids"]
 
     def test_shuffle_dataset_is_honoured(self, tiny_model, chat_file):
-        plain = self.prepare(tiny_model, chat_file, self.arguments()).train
-        shuffled = self.prepare(tiny_model, chat_file, self.arguments(shuffle_dataset=True)).train
+        plain = self.prepare(tiny_model, chat_file, self.arguments()).train.rows
+        shuffled = self.prepare(tiny_model, chat_file, self.arguments(shuffle_dataset=True)).train.rows
         assert plain["input_ids"] != shuffled["input_ids"]
         assert sorted(plain["input_ids"]) == sorted(shuffled["input_ids"])
 
@@ -211,7 +211,7 @@ class TestPrepare:
         )
         from open_r1.data import get_dataset
 
-        train = prepare(args, arguments, tokenizer).train
+        train = prepare(args, arguments, tokenizer).train.rows
         raw = get_dataset(args)["train"]["text"]
         assert [tokenizer.decode(ids) for ids in train["input_ids"]] == [f"{text}<|im_end|>" for text in raw]
         assert len(train) == 100

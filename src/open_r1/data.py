@@ -18,6 +18,7 @@ import fsspec
 import pandas as pd
 from datasets import Dataset, DatasetDict, Features, Value
 
+from open_r1.cache import file_digest
 from open_r1.errors import UserError
 from open_r1.formats import Row, brief, row_function
 from open_r1.mixture import draw
@@ -33,12 +34,16 @@ COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip"}
 
 @dataclass
 class Source:
-    """A loaded source: raw `rows`, `to_row` into TRL's format, and the `weight` it is mixed with."""
+    """A loaded source: raw `rows`, `to_row` into TRL's format, the `weight` it is mixed with.
+
+    `contents` identifies what the rows hold: digests of the files, or the library's fingerprint of a hub dataset.
+    """
 
     name: str
     rows: Dataset
     to_row: Callable[[Row], Row]
     weight: float = 1.0
+    contents: Any = None
 
 
 def load_sources(
@@ -89,7 +94,8 @@ def load_source(source: "DatasetConfig", split: str, text_field: str) -> Source:
         if missing := [column for column in source.columns if column not in rows.column_names]:
             raise UserError(f"{name}: no column {', '.join(missing)}; its columns are {', '.join(rows.column_names)}")
         rows = rows.select_columns(source.columns)
-    return Source(name, rows, row_function(rows.column_names, name, text_field), source.weight)
+    to_row = row_function(rows.column_names, name, text_field)
+    return Source(name, rows, to_row, source.weight, contents_of(source.id, split, rows))
 
 
 def load_named(name: str, config: str | None, split: str, text_field: str, fallback: str | None = None) -> Source:
@@ -101,7 +107,22 @@ def load_named(name: str, config: str | None, split: str, text_field: str, fallb
             raise
         rows = load_table(name, config, split := fallback)
     title = source_name(name, config, split)
-    return Source(title, rows, row_function(rows.column_names, title, text_field))
+    to_row = row_function(rows.column_names, title, text_field)
+    return Source(title, rows, to_row, contents=contents_of(name, split, rows))
+
+
+def contents_of(name: str, split: str, rows: Dataset) -> Any:
+    """What identifies the contents of a source, wherever it lies: for files their digests, in order."""
+    files = local_files(name)
+    return [split, *map(file_digest, files)] if files else rows._fingerprint
+
+
+def local_files(name: str) -> list[str]:
+    """The files that a name or glob stands for, sorted; none when it is no file."""
+    name = os.path.expanduser(name)
+    if glob.has_magic(name):
+        return sorted(glob.glob(name, recursive=True))
+    return [name] if os.path.isfile(name) else []
 
 
 def source_name(name: str, config: str | None, split: str) -> str:
@@ -114,8 +135,7 @@ def load_table(name: str, config: str | None, split: str) -> Dataset:
 
     Raises `UserError` when nothing is there, it cannot be read, or it holds no rows.
     """
-    name = os.path.expanduser(name)
-    files = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name] if os.path.isfile(name) else []
+    files, name = local_files(name), os.path.expanduser(name)
     title = source_name(name, config, split)
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error it raises

@@ -24,7 +24,7 @@ def entry_of(name: str, source_rows: int, drawn: np.ndarray, columns: dict[str, 
     times = drawn[columns["row"]]
     kept = np.equal(columns["dropped"], None)
     dropped: Counter = Counter()
-    for reason, count in zip(columns["dropped"][~kept], times[~kept], strict=True):
+    for reason, count in zip(columns["dropped"][~kept & (times > 0)], times[~kept & (times > 0)], strict=True):
         dropped[reason] += int(count)
     extra = int(times.sum() - drawn.sum())
     sums = {column: int((columns[column] * times).sum()) for column in SUMMED}
@@ -38,7 +38,7 @@ def entry_of(name: str, source_rows: int, drawn: np.ndarray, columns: dict[str, 
         "trained": int(times[kept].sum()),
         "dropped": dict(dropped),
         "truncated": int(times[kept & (columns["cut"] > 0)].sum()),
-        "duplicates": int(kept.sum() - len(np.unique(columns["digest"][kept]))),
+        "duplicates": int((kept & (times > 0)).sum() - len(np.unique(columns["digest"][kept & (times > 0)]))),
         **sums,
         "epochs": round(float(drawn.sum() / source_rows), 4),
         "lengths": lengths_of(lengths),
@@ -150,8 +150,8 @@ def show(ledger: Entry) -> None:
             )
 
 
-def write(output_dir: str, ledgers: list[Entry]) -> None:
+def write(output_dir: str, ledgers: dict[str, Entry]) -> None:
     """Write `ledger.json`: one entry for `train`, one for `eval` where there is one."""
     path = Path(output_dir) / "ledger.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({ledger["part"]: ledger for ledger in ledgers}, indent=1) + "\n")
+    path.write_text(json.dumps(ledgers, indent=1) + "\n")

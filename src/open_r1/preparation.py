@@ -1,15 +1,14 @@
 """From recipe to rows that the trainer takes as they are: load, draw, tokenise, select, pack; each row accounted for.
 
-One process prepares, under a file lock; the others find its results in the `datasets` cache. No rank waits inside a
+One process prepares, under a file lock; the others find its tables. No rank waits inside a
 collective meanwhile.
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 from filelock import FileLock
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from open_r1 import ledger
+from open_r1.cache import prepared_table, root
 from open_r1.data import Source, load_sources
 from open_r1.errors import UserError
 from open_r1.mixture import draw, numbered
@@ -27,21 +27,37 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Prepared:
-    """Rows for the trainer (`input_ids`, `labels`, packed also `seq_lengths`) and the ledgers of their making."""
+class Part:
+    """One part of the data, `train` or `eval`.
 
-    train: Dataset
-    eval: Dataset | None = None
-    ledgers: list[ledger.Entry] = field(default_factory=list)
+    `rows` are for the trainer: `input_ids`, `labels` and, when packed, `seq_lengths`. `unpacked` are the same before
+    packing, row i of them from source number `origin[i]` of `sources`. `ledger` says how they came about.
+    """
+
+    rows: Dataset
+    unpacked: Dataset
+    origin: np.ndarray
+    sources: list[str]
+    ledger: ledger.Entry
+
+
+@dataclass
+class Prepared:
+    """The data of a recipe; `eval` is None unless `eval_strategy` or `do_eval` asks for it."""
+
+    train: Part
+    eval: Part | None = None
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The parts that there are, by name."""
+        return {"train": self.train, **({"eval": self.eval} if self.eval else {})}
 
 
 def prepare(
     script_args: "ScriptArguments", training_args: "SFTConfig", tokenizer: PreTrainedTokenizerBase
 ) -> Prepared:
-    """Prepare the rows of a recipe; evaluation rows only when `eval_strategy` or `do_eval` asks for them.
-
-    Raises `UserError` for data that cannot be trained on.
-    """
+    """Prepare the data of a recipe and show its ledger. Raises `UserError` for data that cannot be trained on."""
     if unknown := set(training_args.dataset_kwargs or {}) - {"skip_prepare_dataset"}:
         raise UserError(f"dataset_kwargs: {', '.join(sorted(unknown))} is not known; data is prepared from other keys")
     args, evaluate = training_args, training_args.do_eval
@@ -49,53 +65,60 @@ def prepare(
         sources, held_out = load_sources(script_args, args.dataset_text_field, evaluate)
         names = [source.name for source in sources]
         orders = draw([len(s.rows) for s in sources], [s.weight for s in sources], script_args, names)
-        train, closed = assemble("train", sources, orders["train"], tokenizer, args, args.packing)
-        prepared = Prepared(train, None, [closed])
+        # Every row of a source that either part draws is tokenised at once, so that another split or seed finds it.
+        needed = rows_by_source([orders[part] for part in orders], len(sources))
+        prepared = Prepared(assemble("train", sources, needed, orders["train"], tokenizer, args, args.packing))
         if evaluate:
             packing = args.packing if args.eval_packing is None else args.eval_packing
             order = orders.get("test")
             if held_out:
                 sources = held_out
                 order = concatenate_datasets([numbered(number, len(s.rows)) for number, s in enumerate(held_out)])
-            prepared.eval, closed = assemble("eval", sources, order, tokenizer, args, packing)
-            prepared.ledgers.append(closed)
-    for closed in prepared.ledgers:
-        ledger.show(closed)
-    ledger.require_answers(prepared.ledgers[0], args.max_truncated_answers)
+                needed = rows_by_source([order], len(sources))
+            prepared.eval = assemble("eval", sources, needed, order, tokenizer, args, packing)
+    for part in prepared.parts.values():
+        ledger.show(part.ledger)
+    ledger.require_answers(prepared.train.ledger, args.max_truncated_answers)
     return prepared
+
+
+def rows_by_source(orders: list[Dataset], sources: int) -> list[np.ndarray]:
+    """The row numbers that orders draw from each source, increasing."""
+    drawn = [(order.with_format("numpy")["source"][:], order.with_format("numpy")["row"][:]) for order in orders]
+    return [np.unique(np.concatenate([rows[of == number] for of, rows in drawn])) for number in range(sources)]
 
 
 def lock_path(script_args: "ScriptArguments") -> Path:
     """One lock per data recipe, beside the cache it guards."""
-    cache = Path(datasets.config.HF_DATASETS_CACHE)
-    cache.mkdir(parents=True, exist_ok=True)
-    return cache / f"open_r1-{hashlib.sha256(repr(script_args).encode()).hexdigest()[:16]}.lock"
+    return root() / f"{hashlib.sha256(repr(script_args).encode()).hexdigest()[:16]}.lock"
 
 
 def assemble(
     part: str,
     sources: list[Source],
+    needed: list[np.ndarray],
     order: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     args: "SFTConfig",
     packing: bool,
-) -> tuple[Dataset, ledger.Entry]:
-    """Tokenise what `order` draws, lay it out in that order without what was dropped, and pack; with its ledger."""
+) -> Part:
+    """Tokenise the `needed` rows, lay them out as `order` draws them without what was dropped, and pack."""
     how = Supervision.of(args, packing)
     numbers = order.with_format("numpy")
     drawn_from, drawn_rows = numbers["source"][:], numbers["row"][:]
     tables, entries, start = [], [], 0
     first, last = np.zeros(len(order), dtype=np.int64), np.zeros(len(order), dtype=np.int64)
     for number, source in enumerate(sources):
-        mine = drawn_from == number
-        rows, position = np.unique(drawn_rows[mine], return_inverse=True)
-        table = tokenize_source(source, rows, tokenizer, how, args.dataset_num_proc)
+        table = tokenize_source(source, needed[number], tokenizer, how, args.dataset_num_proc)
         columns = {name: table.data.column(name).to_numpy() for name in ("row", "digest", "dropped", *COUNTS)}
+        mine = drawn_from == number
+        position = np.searchsorted(needed[number], drawn_rows[mine])
         first[mine] = start + np.searchsorted(columns["row"], position, side="left")
         last[mine] = start + np.searchsorted(columns["row"], position, side="right")
-        splits = how.on_long_row == "split"
-        drawn = np.bincount(position, minlength=len(rows))
-        entries.append(ledger.entry_of(source.name, len(source.rows), drawn, columns, splits))
+        drawn = np.bincount(position, minlength=len(needed[number]))
+        entries.append(
+            ledger.entry_of(source.name, len(source.rows), drawn, columns, splits=how.on_long_row == "split")
+        )
         tables.append(table)
         start += len(table)
     together = concatenate_datasets(tables)
@@ -103,15 +126,34 @@ def assemble(
     places = places[together.data.column("dropped").is_null().to_numpy()[places]]
     if len(places) == 0:
         raise UserError(f"no row of the {part} data has a supervised token within max_length {args.max_length}")
-    chosen = together.select(places).select_columns(["input_ids", "labels"])
     if args.shuffle_dataset:
-        chosen = chosen.shuffle(seed=args.seed)
+        places = np.random.default_rng(args.seed).permutation(places)
+    unpacked = together.select(places).select_columns(["input_ids", "labels"])
+    names = [source.name for source in sources]
+    rows = packed(part, names, tables, places, unpacked, args) if packing else unpacked
     batch = args.per_device_train_batch_size if part == "train" else args.per_device_eval_batch_size
     lengths = together.data.column("tokens").to_numpy()[places]
-    if packing:
-        chosen = pack_dataset(chosen, args.max_length, args.packing_strategy, {"desc": f"Packing {part}"})
-    closed = ledger.close(part, entries, lengths, batch, len(chosen) if packing else None, args.max_length)
-    return chosen, closed
+    closed = ledger.close(part, entries, lengths, batch, len(rows) if packing else None, args.max_length)
+    origin = np.repeat(np.arange(len(tables)), [len(table) for table in tables])[places]
+    return Part(rows, unpacked, origin, names, closed)
+
+
+def packed(
+    part: str, names: list[str], tables: list[Dataset], places: np.ndarray, rows: Dataset, args: "SFTConfig"
+) -> Dataset:
+    """The rows packed, kept under what they are made of: the sources' tables, the order and the packing."""
+    key = {
+        "what": f"{part} of {', '.join(names)}, packed",
+        "sources": [table._fingerprint for table in tables],
+        "order": hashlib.sha256(places.tobytes()).hexdigest()[:32],
+        "packing": [args.max_length, args.packing_strategy],
+    }
+    return prepared_table(key, lambda path: pack(rows, args, path))
+
+
+def pack(rows: Dataset, args: "SFTConfig", path: str) -> None:
+    """Pack rows into the arrow file `path`, with TRL, in one process: its bins depend on how rows are dealt out."""
+    pack_dataset(rows, args.max_length, args.packing_strategy, {"cache_file_name": path, "desc": "Packing"})
 
 
 def ranges(first: np.ndarray, last: np.ndarray) -> np.ndarray:

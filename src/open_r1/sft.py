@@ -79,15 +79,15 @@ def run(recipe: Recipe) -> int:
     if training_args.process_index == 0:
         ready_branch(training_args, resuming=checkpoint is not None)
         record(output_dir, "running", 0, settings)
-        ledger.write(output_dir, prepared.ledgers)
+        ledger.write(output_dir, {name: part.ledger for name, part in prepared.parts.items()})
     name_trackers(training_args)
     trained = at_last_step(checkpoint)
     model = get_model(model_args, training_args, tokenizer, weights=checkpoint if trained else None)
     trainer = SFTTrainer(
         model=model,
         args=trainer_arguments(training_args),
-        train_dataset=prepared.train,
-        eval_dataset=prepared.eval,
+        train_dataset=prepared.train.rows,
+        eval_dataset=prepared.eval and prepared.eval.rows,
         processing_class=tokenizer,
         peft_config=adapter_config(model_args, model, tokenizer),
         callbacks=callbacks,

@@ -19,7 +19,7 @@ Messages = list[dict[str, Any]]
 # A text to train on, and the character spans [start, end) of it that the model says.
 Rendering = tuple[str, list[tuple[int, int]]]
 
-OPEN, CLOSE = "\ue000", "\ue001"  # private-use marks around control tokens that a user spelled out
+OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, put around control tokens that a user spelled out
 PROBE = "x7q"
 PLAIN_ROLES = ("system", "user", "assistant")
 EMPTY_REASONING = re.compile(r"\s*(<think>)?\s*</think>\s*")
@@ -30,7 +30,8 @@ PREFILL = re.compile(r"<think>\s*(</think>\s*)?$")
 class Template:
     """A chat template, and what rendering a few probes has shown of it.
 
-    `stop` ends the assistant's turn. `prompt` is the generation prompt when the template only ever appends and writes
+    `stop` ends the assistant's turn; `stops` finds it where the template wrote it, and `endings` any special token at
+    the end of a text. `prompt` is the generation prompt when the template only ever appends and writes
     contents as they are, None otherwise: then one rendering of a conversation tells its spans. `control` matches the
     tokens that structure a conversation.
     """
@@ -38,6 +39,7 @@ class Template:
     text: str
     special: dict[str, Any]
     stop: str
+    stops: re.Pattern
     endings: re.Pattern
     control: re.Pattern
     prompt: str | None
@@ -91,7 +93,8 @@ def probe_template(tokenizer: PreTrainedTokenizerBase) -> Template:
         text=text,
         special=tokenizer.special_tokens_map,
         stop=tokenizer.eos_token,
-        endings=re.compile(f"({'|'.join(map(re.escape, added)) or '(?!)'})$"),
+        stops=re.compile("((?<!{0}){1})(?:\\s*{1})*".format(OPEN, re.escape(tokenizer.eos_token))),
+        endings=re.compile(f"(?:{any_of(sorted(special)).pattern})$"),
         control=re.compile("(?!)"),
         prompt=None,
     )
@@ -219,7 +222,7 @@ def turn_at_inference(
         inner = content.lstrip()[len("<think>") :]
         if said is None or squeeze(inner) != squeeze(said)[: len(squeeze(inner))]:
             said = inner.removeprefix("\n" if prefill[0].endswith("\n") else "")
-            said += closing_of(messages, index, template, kwargs)
+            said += around(messages, index, template, kwargs)[1]
             counts["prefilled"] += 1
     elif said is None and prefill and prefill[1] and not has_reasoning:
         before = prompt[: prefill.start()]
@@ -227,19 +230,22 @@ def turn_at_inference(
         counts["prefilled"] += 1
     if said is None or (prefill and prefill[1] and has_reasoning):
         raise ValueError(contradiction(index, prompt, bool(prefill), has_reasoning))
-    response, added = up_to_stop(said, content, bool(message.get("tool_calls")), template)
+    response, added = up_to_stop(said, template)
     counts["stop_added"] += added
     require_survival(message, index, content, reasoning, prefill[0] + response if prefill else response)
     injected = None if has_reasoning or EMPTY_REASONING.match(content) else EMPTY_REASONING.match(response)
     counts["empty_reasoning"] += injected is not None
-    return Turn(prompt, response, prefill[0] if prefill else "", injected.end() if injected else 0)
+    skipped = injected.end() if injected else 0
+    if skipped and content[:1].isspace():  # which the pattern takes for the block's
+        skipped = max(0, min(skipped, len(around(messages, index, template, kwargs)[0]) - len(prompt)))
+    return Turn(prompt, response, prefill[0] if prefill else "", skipped)
 
 
-def closing_of(messages: Messages, index: int, template: Template, kwargs: dict[str, Any]) -> str:
-    """What the template writes behind the content of turn `index`: tool calls and the stop token."""
+def around(messages: Messages, index: int, template: Template, kwargs: dict[str, Any]) -> tuple[str, str]:
+    """What the template writes up to the content of turn `index`, and behind it: tool calls and the stop token."""
     probed = [*messages[:index], {**messages[index], "content": PROBE}]
-    text = template.render(probed, **kwargs)
-    return text[text.rfind(PROBE) + len(PROBE) :]
+    before, _, behind = template.render(probed, **kwargs).rpartition(PROBE)
+    return before, behind
 
 
 def contradiction(index: int, prompt: str, prefilled: bool, has_reasoning: bool) -> str:
@@ -257,29 +263,32 @@ def contradiction(index: int, prompt: str, prefilled: bool, has_reasoning: bool)
     )
 
 
-def up_to_stop(said: str, content: str, has_calls: bool, template: Template) -> tuple[str, bool]:
-    """`said` up to its stop token inclusive, and whether one had to be added because the template writes none."""
-    tail = content.rstrip().rpartition("\n")[2].strip()
-    behind = said.rfind(tail) + len(tail) if tail and tail in said else 0
-    stop = said.find(template.stop, behind)
-    if stop >= 0 and not has_calls:
-        return said[: stop + len(template.stop)], False
-    ends = said.rstrip()
-    if template.endings.search(ends):
-        return ends, False
-    return ends + template.stop, True
+def up_to_stop(said: str, template: Template) -> tuple[str, bool]:
+    """`said` up to its stop token inclusive, and whether one had to be added because the template writes none.
+
+    A template may write the stop token inside a turn too, and more than once at its end: the last place counts.
+    """
+    ends = [found.end(1) for found in template.stops.finditer(said)]
+    if ends:
+        return said[: ends[-1]], False
+    said = said.rstrip()
+    if template.endings.search(said):  # a tool call may end with a token of its own
+        return said, False
+    return said + template.stop, True
 
 
 def require_survival(message: dict[str, Any], index: int, content: str, reasoning: str, response: str) -> None:
     """Raise `ValueError` when something that the message says is not in its rendering, white space aside."""
     rendered = squeeze(response)
     names = [call.get("function", call).get("name", "") for call in message.get("tool_calls") or []]
-    for what, text in (("content", content), ("reasoning", reasoning), *(("tool call", name) for name in names)):
+    texts = [("content", content), ("reasoning", reasoning), *(("tool call", name) for name in names)]
+    for what, text in sorted(texts, key=lambda said: len(said[1]), reverse=True):
         if squeeze(text) not in rendered:
             raise ValueError(
                 f"the {what} of message {index} does not survive rendering by the chat template; "
                 f"it holds {text[:60]!r}, the rendering {response[:60]!r}"
             )
+        rendered = rendered.replace(squeeze(text), "", 1)  # a call's name in the content does not stand for the call
 
 
 def squeeze(text: str) -> str:

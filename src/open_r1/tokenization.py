@@ -18,6 +18,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from open_r1.cache import Key, digest, prepared_table
 from open_r1.data import Source
 from open_r1.errors import BadRow, UserError
 from open_r1.formats import Row
@@ -35,7 +36,7 @@ from open_r1.supervision import (
 if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
 
-VERSION = 2  # part of the cache key: raise it whenever this package would tokenise a row differently
+VERSION = 3  # part of the cache key: raise it whenever this package would tokenise a row differently
 IGNORED = -100
 TEXT_BYTES = 2**21  # characters encoded at once, so that memory is bounded by bytes, not by rows
 COUNTS = ("tokens", "supervised", "cut", "answers", "lost_end", "masked_turns", "control_tokens", "stop_added")
@@ -116,41 +117,51 @@ def tokenize_source(
 ) -> Dataset:
     """Tokenise `rows` (row numbers, increasing) of a source into a table of `FEATURES`, sorted by `row`.
 
-    A raw row gives one row, several where turns are expanded or texts split, or one with `dropped` set. Cached by
+    A raw row gives one row, several where turns are expanded or texts split, or one with `dropped` set. Kept by
     content, so that other ranks and later runs read it. Raises `UserError` naming source and row.
     """
     chosen = source.rows if len(rows) == len(source.rows) else source.rows.select(rows)
     template = probe_template(tokenizer) if tokenizer.chat_template else None
     encode = partial(encode_batch, to_row=source.to_row, tokenizer=tokenizer, template=template, how=how)
     try:
-        return chosen.map(
-            encode,
-            batched=True,
-            batch_size=256,
-            with_indices=True,
-            remove_columns=chosen.column_names,
-            features=FEATURES,
-            num_proc=num_proc,
-            new_fingerprint=cache_key(chosen, source, tokenizer, how),
-            desc=f"Tokenizing {source.name}",
-        )
+        return prepared_table(table_key(source, rows, tokenizer, how), partial(write_table, chosen, encode, num_proc))
     except BadRow as bad:
         raise UserError(f"{source.name}: row {rows[bad.row]} (counting from 0): {bad.problem}") from None
 
 
-def cache_key(chosen: Dataset, source: Source, tokenizer: PreTrainedTokenizerBase, how: Supervision) -> str:
-    """Content key of a tokenised source. The tokenizer enters by what it writes, since its pickle changes with use."""
-    parts = [
-        VERSION,
-        chosen._fingerprint,
-        getattr(source.to_row, "func", source.to_row).__name__,
-        getattr(source.to_row, "keywords", {}),
-        json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None},
-        tokenizer.chat_template,
-        tokenizer.special_tokens_map,
-        asdict(how),
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+def write_table(chosen: Dataset, encode: Callable[..., pa.Table], num_proc: int | None, path: str) -> None:
+    """Tokenise `chosen` into the arrow file `path` (several, numbered, with `num_proc`)."""
+    chosen.map(
+        encode,
+        batched=True,
+        batch_size=256,
+        with_indices=True,
+        remove_columns=chosen.column_names,
+        features=FEATURES,
+        num_proc=num_proc,
+        cache_file_name=path,
+        desc="Tokenizing",
+    )
+
+
+def table_key(source: Source, rows: np.ndarray, tokenizer: PreTrainedTokenizerBase, how: Supervision) -> Key:
+    """Everything that the tokenised table of a source depends on. The tokenizer enters by what it writes."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+    to_row = source.to_row
+    return {
+        "what": f"{source.name}, tokenised",
+        "code": VERSION,
+        "contents": source.contents or source.rows._fingerprint,
+        "rows": hashlib.sha256(np.asarray(rows, dtype=np.int64).tobytes()).hexdigest()[:32],
+        "columns": [
+            *source.rows.column_names,
+            getattr(to_row, "func", to_row).__name__,
+            getattr(to_row, "keywords", {}),
+        ],
+        "tokenizer": digest([backend, tokenizer.special_tokens_map]),
+        "template": digest(tokenizer.chat_template),
+        **asdict(how),
+    }
 
 
 def encode_batch(
@@ -169,7 +180,7 @@ def encode_batch(
         try:
             made = row_pieces(to_row(raw), index, tokenizer, template, how)
             for piece in made:
-                if OPEN in piece.text:
+                if OPEN in piece.text and not piece.add_bos:
                     encode_marked(piece, tokenizer)
             pieces += made
         except Exception as error:  # also a template may raise anything; it is still this row's fault
@@ -220,7 +231,8 @@ def render_conversation(
     """Texts and spans of a conversation whose first `given` messages are prompt. Control tokens in it are marked."""
     plain = not kwargs and is_plain(messages)
     texts = [message["content"] for message in messages] if plain else texts_in([messages, kwargs])
-    if spelled := len(template.control.findall("\n\n".join(texts))):
+    spelled = len(template.control.findall("\n\n".join(texts)))
+    if spelled or any(OPEN in text or CLOSE in text for text in texts):  # marks of a user's own are taken out
         messages, kwargs = (
             mark_control_tokens(messages, template.control),
             mark_control_tokens(kwargs, template.control),
@@ -263,7 +275,10 @@ def with_stop(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def encode_pieces(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Fill in ids and labels: a token is supervised when it holds a character of a span."""
+    """Fill in ids and labels: a token is supervised when it holds a character of a span.
+
+    Where a token would hold the end of a prompt and the beginning of its answer, they are encoded apart.
+    """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -278,6 +293,10 @@ def encode_pieces(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase) -> No
         for piece, encoding, start, end in zip(group, encodings, bounds, bounds[1:], strict=False):
             piece.ids, piece.labels = ids[start:end], labels[start:end]
             piece.ranges = [token_range(encoding, *span) for span in piece.spans]
+            firsts = zip(piece.ranges, piece.spans, strict=True)
+            if not piece.add_bos and not all(starts_at(encoding, first, span[0]) for (first, _), span in firsts):
+                encode_marked(piece, tokenizer)
+                continue
             if piece.add_bos and piece.spans[0][0] == 0:
                 piece.ranges = [(0, len(encoding))]  # a text that is trained on in full, BOS included
             for first, last in piece.ranges:
@@ -307,8 +326,16 @@ def token_range(encoding: Any, start: int, end: int) -> tuple[int, int]:
     return (first, last + 1) if start < end else (0, 0)
 
 
+def starts_at(encoding: Any, token: int, start: int) -> bool:
+    """Whether a token begins at character `start` and the one before it ends there.
+
+    Some tokenizers leave white space out of a token's characters, so both are looked at.
+    """
+    return encoding.token_to_chars(token)[0] == start and (not token or encoding.token_to_chars(token - 1)[1] == start)
+
+
 def encode_marked(piece: Piece, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Encode a text in which control tokens that a user spelled out are marked: those become plain text.
+    """Encode a text part by part; control tokens that a user spelled out, which are marked, become plain text.
 
     Pieces between marks and span ends are encoded one by one, as inference encodes a prompt apart from its answer.
     """

@@ -1,0 +1,61 @@
+"""Prepare the data of a recipe on a CPU machine, so that training starts without reading a row.
+
+    python scripts/prepare.py --config recipe.yaml [--export DIR] [--key value ...]
+
+Tokenises and packs as `sft.py` would and keeps the tables where `sft.py` looks for them, by content, under
+$HF_DATASETS_CACHE/open_r1. `--export` also writes them as an ordinary `save_to_disk` directory: `train` and, when the
+recipe evaluates, `eval`, with `input_ids`, `labels` and `source` (unpacked).
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from open_r1.errors import UserError
+from open_r1.recipe import load_recipe
+from open_r1.sft import build_configs
+
+logger = logging.getLogger("open_r1")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prepare, show the ledger, export when asked; returns the exit code (2: something to mend)."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
+    parser.add_argument("--export", metavar="DIR", type=Path, help="also write input_ids, labels and source there")
+    args, recipe_argv = parser.parse_known_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    logging.getLogger().setLevel(logging.WARNING)
+    logger.setLevel(logging.INFO)
+    try:
+        prepare_recipe(recipe_argv, args.export)
+    except UserError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def prepare_recipe(argv: list[str], export: Path | None) -> None:
+    """Prepare the recipe of a command line like `sft.py`'s."""
+    recipe = load_recipe([*argv, "--use_cpu"])
+    if export is not None and export.exists():
+        raise UserError(f"--export {export}: exists already; name a new directory")
+
+    from datasets import DatasetDict
+
+    from open_r1.chat import get_tokenizer
+    from open_r1.preparation import prepare
+
+    script_args, training_args, model_args = build_configs(recipe)
+    prepared = prepare(script_args, training_args, get_tokenizer(model_args, training_args))
+    if export is not None:
+        parts = {
+            name: part.unpacked.add_column("source", [part.sources[number] for number in part.origin])
+            for name, part in prepared.parts.items()
+        }
+        DatasetDict(parts).save_to_disk(export)
+        logger.info("exported to %s", export)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

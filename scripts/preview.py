@@ -1,0 +1,251 @@
+"""See what a recipe trains on: samples of every source token by token, the ledger and the lengths.
+
+    python scripts/preview.py --config recipe.yaml [--samples 3] [--html preview.html] [--key value ...]
+
+Rows are prepared as sft.py prepares them and kept for it; no weights are loaded. The terminal shows supervised tokens
+green and the rest dim. The page, one file that needs no other, adds token boundaries, ids and histograms.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader
+
+from open_r1.errors import UserError
+from open_r1.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from open_r1.ledger import Entry
+
+GREEN, DIM, BOLD, RESET = "\x1b[32m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
+TERMINAL_TOKENS = 1500  # of a longer sample the terminal shows start and end; the page shows all of it
+IN_WORDS = {
+    "cut": "tokens cut off",
+    "lost_end": "lost ends",
+    "masked_turns": "turns masked",
+    "control_tokens": "control tokens as text",
+    "stop_added": "stop tokens added",
+}
+
+
+class Token(NamedTuple):
+    """A token: its id, the text it adds (empty when it is only a part of a character), whether it is supervised."""
+
+    id: int
+    text: str
+    supervised: bool
+
+
+class Sample(NamedTuple):
+    """A tokenised row: a line that says where it comes from and what was done to it, and its tokens."""
+
+    title: str
+    tokens: list[Token]
+
+
+class View(NamedTuple):
+    """What is shown of a source: samples, and the length of every row that is trained on, repeats included."""
+
+    name: str
+    samples: list[Sample]
+    lengths: np.ndarray
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Show the recipe of `argv` (default: the command line); returns the exit code, as sft.py does."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        epilog="--config RECIPE.yaml and any other --key value are those of sft.py, whose --help lists them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--samples", type=int, default=3, help="samples of each source (default: 3)")
+    parser.add_argument("--html", type=Path, default="preview.html", help="page to write (default: preview.html)")
+    parser.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="auto: on a terminal")
+    options, rest = parser.parse_known_args(argv)
+    logger = logging.getLogger("open_r1")
+    logger.handlers = [logging.StreamHandler()]
+    logger.setLevel(logging.WARNING)
+    on_terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    try:
+        recipe = load_recipe([*rest, "--use_cpu"])
+        for note in recipe.notes:
+            logger.warning(note)
+        views, ledgers = look(recipe, max(1, options.samples))
+        options.html.parent.mkdir(parents=True, exist_ok=True)
+        options.html.write_text(page(recipe, views, ledgers), encoding="utf-8")
+    except (UserError, OSError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 2
+    print(in_terminal(views, ledgers, {"always": True, "never": False}.get(options.color, on_terminal)))
+    print(f"\n{options.html}: the same as a page, with token boundaries, ids and lengths")
+    return 0
+
+
+def look(recipe: Recipe, count: int) -> "tuple[list[View], list[Entry]]":
+    """Prepare the recipe as sft.py does. Returns what to show of each training source, and the ledgers."""
+    from open_r1.chat import get_tokenizer
+    from open_r1.data import load_sources
+    from open_r1.mixture import draw
+    from open_r1.preparation import prepare, rows_by_source
+    from open_r1.sft import build_configs
+    from open_r1.tokenization import Supervision, tokenize_source
+    from open_r1.trainer import set_verbosity
+
+    recipe.values.setdefault("output_dir", "data/sft")
+    script_args, args, model_args = build_configs(recipe)
+    set_verbosity(args)
+    args.max_truncated_answers = None  # a recipe that is refused for what it cuts is one to look at
+    tokenizer = get_tokenizer(model_args, args)
+    prepared = prepare(script_args, args, tokenizer)
+    # The tables that these rows were chosen from: the calls of `prepare` once more, which find what it has written.
+    sources, _ = load_sources(script_args, args.dataset_text_field)
+    sizes, weights, names = zip(*((len(s.rows), s.weight, s.name) for s in sources), strict=True)
+    orders = draw(sizes, weights, script_args, names)
+    order, how = orders["train"].with_format("numpy"), Supervision.of(args, args.packing)
+    drawn_from, drawn_rows = order["source"][:], order["row"][:]
+    views = []
+    for number, rows in enumerate(rows_by_source(list(orders.values()), len(sources))):
+        table = tokenize_source(sources[number], rows, tokenizer, how, args.dataset_num_proc)
+        made_of, tokens, cut = (table.data.column(name).to_numpy() for name in ("row", "tokens", "cut"))
+        drawn = np.searchsorted(rows, drawn_rows[drawn_from == number])
+        times = np.bincount(drawn, minlength=len(rows))[made_of]
+        kept = np.flatnonzero(table.data.column("dropped").is_null().to_numpy() & (times > 0))
+        several = np.bincount(made_of, minlength=1)[made_of[kept]] > 1
+        places = pick(kept, cut[kept] > 0, several, count)
+        samples = [sample_of(table, place, rows, tokenizer) for place in places]
+        views.append(View(visible(names[number]), samples, np.repeat(tokens[kept], times[kept])))
+    return views, [part.ledger for part in prepared.parts.values()]
+
+
+def pick(kept: np.ndarray, cut: np.ndarray, several: np.ndarray, count: int) -> list[int]:
+    """`count` of the rows `kept`: the first, one that was `cut`, two of `several` made of one row, then spread."""
+    special = dict.fromkeys([*kept[:1], *kept[cut][:1], *kept[several][:2]])
+    spread = np.linspace(0, len(kept) - 1, max(0, count - len(special)) + 2)[1:-1].round().astype(int)
+    spaced = kept[spread] if len(kept) else kept
+    return sorted(int(place) for place in list(dict.fromkeys([*special, *spaced, *kept[:count]]))[:count])
+
+
+def sample_of(table: "Dataset", place: int, rows: np.ndarray, tokenizer: "PreTrainedTokenizerBase") -> Sample:
+    """The tokenised row at `place` of the table of a source's `rows`."""
+    row = table[place]
+    siblings = np.flatnonzero(table.data.column("row").to_numpy() == row["row"])
+    title = f"row {rows[row['row']]}, {row['tokens']:,} tokens, {row['supervised']:,} supervised"
+    if len(siblings) > 1:
+        title += f"; {place - siblings[0] + 1} of {len(siblings)} made of this row"
+    title += "".join(f"; {words}: {row[key]:,}" for key, words in IN_WORDS.items() if row[key])
+    texts = map(visible, texts_of(row["input_ids"], tokenizer))
+    supervised = (label != -100 for label in row["labels"])
+    return Sample(title, list(map(Token, row["input_ids"], texts, supervised)))
+
+
+def texts_of(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """What each token adds to the text. A character spread over several tokens counts for the last of them."""
+    texts, start = [], 0
+    for end in range(1, len(ids) + 1):
+        # With the token before it, since some tokenizers strip the space that a first token starts with.
+        before, both = (
+            tokenizer.decode(ids[max(0, start - 1) : stop], clean_up_tokenization_spaces=False)
+            for stop in (start, end)
+        )
+        if both.endswith("\ufffd") and end - start < 4 and end < len(ids):
+            texts.append("")
+        else:
+            texts.append(both[len(before) :] if both.startswith(before) else tokenizer.decode(ids[start:end]))
+            start = end
+    return texts
+
+
+def visible(text: str) -> str:
+    """`text` with what would steer a terminal, hide, or turn the direction of a line as code points."""
+    return "".join(c if c.isprintable() or c in "\n\t\u3000" else f"<U+{ord(c):04X}>" for c in text)
+
+
+def in_terminal(views: list[View], ledgers: "list[Entry]", color: bool) -> str:
+    """Samples and ledgers as text, with ANSI codes when `color`."""
+    parts = []
+    for view in views:
+        for sample in view.samples:
+            parts.append(paint(f"== {view.name}, {sample.title}", BOLD, color) + "\n" + painted(sample.tokens, color))
+        if not view.samples:
+            parts.append(f"== {view.name}: no row of it is trained on")
+    for table in map(table_of, ledgers):
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in table]
+        parts.append(paint("  ".join(lines[0]), BOLD, color) + "".join("\n" + "  ".join(line) for line in lines[1:]))
+    return "\n\n".join(parts)
+
+
+def painted(tokens: list[Token], color: bool) -> str:
+    """The text of a sample, stretch by stretch; the middle of a very long one is left out."""
+    half = TERMINAL_TOKENS // 2
+    if len(tokens) > TERMINAL_TOKENS:
+        gap = f"\n[... {len(tokens) - 2 * half:,} tokens that the page shows ...]\n"
+        return painted(tokens[:half], color) + gap + painted(tokens[-half:], color)
+    bounds = [at for at in range(1, len(tokens)) if tokens[at].supervised != tokens[at - 1].supervised]
+    text = ""
+    for start, end in zip([0, *bounds], [*bounds, len(tokens)], strict=True):
+        stretch = "".join(token.text for token in tokens[start:end])
+        text += paint(stretch, GREEN if tokens[start].supervised else DIM, color)
+    return text.removesuffix("\n")
+
+
+def paint(text: str, code: str, color: bool) -> str:
+    """`text` in a colour, line by line, since pagers forget a colour at the end of a line."""
+    return "\n".join(f"{code}{line}{RESET}" if line and color else line for line in text.split("\n"))
+
+
+def table_of(ledger: "Entry") -> list[list[str]]:
+    """All that a ledger holds as a table: a line for each count, a column for each source and one for their total."""
+    sources, total = ledger["sources"], ledger["total"]
+    columns = [*sources, total] if len(sources) > 1 else [{**sources[0], **total, "source": sources[0]["source"]}]
+    flat = [counts_of(entry, dict.fromkeys(total["dropped"], 0)) for entry in columns]
+    keys = dict.fromkeys(key for counts in flat for key in counts)
+    head = [ledger["part"], *(visible(entry["source"]) for entry in columns)]
+    return [head, *([visible(key), *(counts.get(key, "") for counts in flat)] for key in keys)]
+
+
+def counts_of(entry: "Entry", reasons: dict[str, int]) -> dict[str, str]:
+    """The counts of a ledger's entry by name, as text: one for each key of a mapping, `reasons` to drop among them."""
+    counts = {}
+    for key, value in entry.items():
+        name = IN_WORDS.get(key, key.replace("_", " "))
+        if key == "dropped":
+            counts[name], value = f"{sum(value.values()):,}", {**reasons, **value}
+        if isinstance(value, dict):
+            counts |= {f"{name.rstrip('s')} {part}": f"{count:,}" for part, count in value.items()}
+        elif isinstance(value, (int, float)):
+            counts[name] = f"{value:.1%}" if key.endswith(("share", "efficiency")) else f"{value:,}"
+    return counts
+
+
+def histograms(views: list[View]) -> list[list[tuple[int, int, int]]]:
+    """For each source bars (first, last, rows) on one common scale, four each time the length doubles."""
+    lengths = np.concatenate([view.lengths for view in views])
+    octaves = [2**power for power in range(int(lengths.min()).bit_length() - 1, int(lengths.max()).bit_length())]
+    edges = sorted({octave + octave * quarter // 4 for octave in octaves for quarter in range(4)} | {2 * octaves[-1]})
+    counts = [np.histogram(view.lengths, edges)[0].tolist() for view in views]
+    return [list(zip(edges, [end - 1 for end in edges[1:]], rows, strict=False)) for rows in counts]
+
+
+def page(recipe: Recipe, views: list[View], ledgers: "list[Entry]") -> str:
+    """Samples, ledgers and histograms as one HTML document; whatever comes from the data is escaped."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    return environment.get_template("preview.html.jinja").render(
+        model=visible(recipe.values["model_name_or_path"]),
+        views=views,
+        tables=list(map(table_of, ledgers)),
+        histograms=histograms(views),
+        powers=[2**power for power in range(40)],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Prepared tables on disk, found by content: same key, same bytes; on a miss, which part of the key is new.
+
+A table is a directory named by the digest of its key: the key's parts in `key.json` and arrow files beside it, which
+are memory-mapped. It is written under another name and renamed when whole, so a process that is killed half-way leaves
+nothing that could be taken for a table.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, concatenate_datasets
+
+logger = logging.getLogger(__name__)
+Key = dict[str, Any]
+
+
+def root() -> Path:
+    """Where prepared tables live: beside the cache of the `datasets` library, shared by all ranks of a file system."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "open_r1"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def digest(value: Any) -> str:
+    """Name of a key or of a part of one: 32 hexadecimal digits of what it holds."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def file_digest(path: str) -> str:
+    """Digest of a file's bytes, remembered by path, size and time so that a big file is read once."""
+    stat = os.stat(path)
+    known = root() / "digests" / digest([os.path.abspath(path), stat.st_size, stat.st_mtime_ns])
+    if known.exists():
+        return known.read_text()
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest_of(file)
+    known.parent.mkdir(exist_ok=True)
+    partial = known.with_suffix(f".{os.getpid()}")
+    partial.write_text(found.hexdigest())
+    partial.replace(known)
+    return found.hexdigest()
+
+
+def _digest_of(file: Any) -> Any:
+    """`hashlib.file_digest` for Python 3.10."""
+    found = hashlib.sha256()
+    while block := file.read(2**20):
+        found.update(block)
+    return found
+
+
+def prepared_table(key: Key, make: Callable[[str], Any]) -> Dataset:
+    """The table of `key`, made by `make(path of an arrow file to write)` when it is not there yet.
+
+    `key["what"]` says in words what the table holds; other parts are compared when it is not found.
+    """
+    folder = root() / digest(key)
+    if not (folder / "key.json").exists():
+        explain_miss(key)
+        partial = root() / f"{folder.name}.partial-{os.uname().nodename}-{os.getpid()}"
+        partial.mkdir()
+        try:
+            make(str(partial / "data.arrow"))
+            (partial / "key.json").write_text(json.dumps(key, indent=1, default=str))
+            sync(partial)
+            partial.rename(folder)
+        except OSError:
+            if not (folder / "key.json").exists():  # else another process made the same table meanwhile
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    # The library may put results computed from a table beside it, as cache-*.arrow.
+    parts = [Dataset.from_file(str(path)) for path in sorted(folder.glob("data*.arrow"))]
+    table = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    return Dataset(table.data, info=table.info, fingerprint=folder.name)
+
+
+def sync(folder: Path) -> None:
+    """Flush every file of a directory to disk, so that the rename after it never precedes them."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def explain_miss(key: Key) -> None:
+    """Log what is new about `key` against the nearest table that is there."""
+    nearest: list[str] | None = None
+    for path in root().glob("*/key.json"):
+        try:
+            other = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        now = json.loads(json.dumps(key, default=str))
+        if other.get("what") != now.get("what"):
+            continue
+        new = [part for part in {**now, **other} if now.get(part) != other.get(part)]
+        nearest = new if nearest is None or len(new) < len(nearest) else nearest
+    if nearest is None:
+        logger.info("preparing %s for the first time", key["what"])
+    else:
+        logger.info("preparing %s again: %s changed", key["what"], ", ".join(nearest))

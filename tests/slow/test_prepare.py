@@ -1,0 +1,97 @@
+"""Preparation under fire: killed at any moment, started by many at once, and on a gigabyte of rows."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, settings, write_jsonl
+
+
+def environment(cache):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(cache)}
+
+
+def start(cache, argv):
+    command = [sys.executable, "scripts/prepare.py", *map(str, argv)]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate()
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def tables(cache):
+    """Name and bytes of every prepared table."""
+    found = {path.parent.name: path.read_bytes() for path in (cache / "open_r1").glob("*/data*.arrow")}
+    assert found
+    return found
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory, conversations):
+    folder = tmp_path_factory.mktemp("rows")
+    return write_jsonl(folder / "rows.jsonl", conversations * 20)
+
+
+def arguments(model, rows, **values):
+    return settings(model_name_or_path=model, dataset_name=rows, output_dir="unused", packing=True, **values)
+
+
+def test_killed_at_ten_random_moments_the_next_start_gives_the_same_bytes(tiny_model, rows, tmp_path):
+    argv = arguments(tiny_model, rows)
+    started = time.monotonic()
+    finish(start(tmp_path / "whole", argv))
+    seconds = time.monotonic() - started
+    whole = tables(tmp_path / "whole")
+    torn = tmp_path / "torn"
+    moments = random.Random(0)
+    for _ in range(10):
+        process = start(torn, argv)
+        time.sleep(moments.uniform(0.3 * seconds, seconds))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        finish(start(torn, argv))
+        assert tables(torn) == whole
+        for path in (torn / "open_r1").glob("*/key.json"):
+            if moments.random() < 0.7:  # make the next start prepare this again
+                subprocess.run(["rm", "-r", path.parent], check=True)
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_started_by_many_at_once_it_is_prepared_once(tiny_model, rows, tmp_path, processes):
+    running = [start(tmp_path, arguments(tiny_model, rows)) for _ in range(processes)]
+    outputs = [finish(process) for process in running]
+    assert sum("tokenised for the first time" in output for output in outputs) == 1
+    assert sum("packed for the first time" in output for output in outputs) == 1
+    assert len(tables(tmp_path)) == 2
+    assert not list((tmp_path / "open_r1").glob("*.partial*"))
+
+
+def test_a_gigabyte_of_rows_needs_little_memory(tiny_model, conversations, tmp_path):
+    path = tmp_path / "big.jsonl"
+    text = "".join(json.dumps(row) + "\n" for row in conversations)
+    with path.open("w") as file:
+        while file.tell() < 10**9:
+            file.write(text)
+    argv = settings(model_name_or_path=tiny_model, dataset_name=path, output_dir="unused")
+    done = finish(start(tmp_path / "cache", argv))
+    assert "rows in" in done
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024 < 2000

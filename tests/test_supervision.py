@@ -1,0 +1,249 @@
+"""Every chat template that TRL ships, against an oracle of its own: what is supervised is what inference asks for."""
+
+import copy
+import re
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import trl
+from datasets import Dataset
+from tokenizers import AddedToken, processors
+from transformers import AutoTokenizer
+
+from open_r1.chat import settle_stop_token
+from open_r1.configs import SFTConfig
+from open_r1.errors import BadRow, UserError
+from open_r1.formats import from_messages
+from open_r1.supervision import CLOSE, OPEN, probe_template
+from open_r1.tokenization import Supervision, encode_batch
+
+HOW = Supervision.of(SFTConfig(output_dir="unused", use_cpu=True, max_length=None), packing=False)
+TEMPLATES = {path.stem: path for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))}
+VISION = {name: TEMPLATES.pop(name) for name in ("llava_next", "llava_next_training")}
+CONTROL = re.compile(
+    r"<\|[^|<>\s'\"]+\|>|<｜[^｜<>]+｜>|<(?:start|end)_of_\w+>|<\|[\w\"]+>|<[\w\"]+\|>|\[gMASK\]|<sop>"
+)
+TAGS = re.compile(r"</?(?:think|tool_call|tool_response)>")  # in vocabularies, but not special
+THINK = "<think>\nr{0}\n\nmore\n</think>\n\na{0}".format
+EMPTY_BLOCK = re.compile(r"\s*(<think>)?\s*</think>\s*")
+NUMBER = {"type": "object", "properties": {"a": {"type": "integer", "description": "n"}}}
+ADD = {"type": "function", "function": {"name": "add", "description": "Add one.", "parameters": NUMBER}}
+CALL = {"id": "abcdef123", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+def says(content, role="assistant", **fields):
+    return {"role": role, "content": content, **fields}
+
+
+def calls(**fields):
+    answer = {"role": "tool", "tool_call_id": "abcdef123", "name": "add", "content": "T1"}
+    return {"messages": [says("u1", "user"), says(tool_calls=[CALL], **fields), answer, says("a2")], "tools": [ADD]}
+
+
+def chat(*contents, system=None):
+    turns = [says(content, "assistant" if n % 2 else "user") for n, content in enumerate(contents)]
+    return {"messages": [{"role": "system", "content": system}] * bool(system) + turns}
+
+
+FIELDS = [
+    says("u1", "user"),
+    says("a1", reasoning_content="r1"),
+    says("u2", "user"),
+    says("a2", reasoning_content="r2"),
+]
+ROWS = {
+    "single": chat("u1", "a1"),
+    "multi": chat("u1", "a1", "u2", "a2", "u3", "a3"),
+    "system": chat("u1", "a1", "u2", "a2", system="Be brief."),
+    "unicode": chat("Émile 你好 🙂", "四 é\u0301 👩‍👩‍👧 עברית.", "¿?", "Ça va"),
+    "empty": chat("u1", "", "u2", "a2"),
+    "long": chat("word " * 400, "Line of text.\n" * 300 + "end"),
+    "blank": chat("  u1\n\n", "\n\n  a1\n\nb1 \n\n", "\tu2 ", "    a2\n"),
+    "think": chat("u1", THINK(1)),
+    "think, multi": chat("u1", THINK(1), "u2", THINK(2)),
+    "think, blank": chat("u1", "\n<think>r1</think>a1\n", "u2", "<think>\n\n</think>\n\na2"),
+    "field": {"messages": FIELDS[:2]},
+    "field, multi": {"messages": FIELDS},
+    "tools": calls(content=""),
+    "tools, text": calls(content="I add one."),
+    "tools, reasoning": calls(content="", reasoning_content="r1"),
+    "repeats": chat("a1", "a1", "a1", "a1", "u", "u"),
+    "roles": chat("assistant\na1", "user\nassistant\n[INST] model: system", "model\n", "assistant"),
+}
+# Of the 70 templates, for each kind of row: contradicts a pre-filled <think>, does not survive, or not taken at all.
+REFUSED = dict.fromkeys(ROWS, 16) | {"system": 18, "think": 6, "think, multi": 6, "think, blank": 6}
+REFUSED |= {"field": 42, "field, multi": 42, "tools": 34, "tools, text": 43, "tools, reasoning": 49}
+RAISES = "the template raises an error"
+NEED_REASONING = re.compile("deepseek|nemotron")
+READ_CONTENTS = re.compile("gemma4|diffusion_gemma")  # they look for channel tokens in what the assistant said
+
+
+class Refused(Exception):
+    """The oracle's word for a row that nobody could train on."""
+
+
+@pytest.fixture(scope="session")
+def load(tiny_model):
+    """Tokenizer of a template, with every token that it writes in the vocabulary."""
+
+    @cache
+    def load(name):
+        text = {**TEMPLATES, **VISION}[name].read_text(encoding="utf-8")
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        tokenizer.add_special_tokens({"extra_special_tokens": sorted({"<BOS>", "<PAD>", *CONTROL.findall(text)})})
+        tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in sorted(set(TAGS.findall(text)))])
+        tokenizer.bos_token, tokenizer.pad_token, tokenizer.chat_template = "<BOS>", "<PAD>", text
+        settle_stop_token(tokenizer, SimpleNamespace(eos_token=None))
+        return tokenizer
+
+    return load
+
+
+def encode(row, tokenizer):
+    using = {"to_row": from_messages, "tokenizer": tokenizer, "template": probe_template(tokenizer), "how": HOW}
+    return encode_batch(Dataset.from_list([row])[:], [0], **using).to_pylist()
+
+
+def learnt(row, tokenizer, spelled=False):
+    """(context, what is learnt after it) of each supervised run; the first context is encoded as at inference."""
+    ids, labels = row["input_ids"], row["labels"]
+    assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+    runs = [found.span() for found in re.finditer("1+", "".join("01"[label != -100] for label in labels))]
+    texts = [(tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:end])) for start, end in runs]
+    assert spelled or tokenizer.encode(texts[0][0], add_special_tokens=False) == ids[: runs[0][0]]
+    return texts
+
+
+def oracle(row, tokenizer):
+    """The rows that should come, each a list of (context, what is learnt after it), or why there are none."""
+    try:
+        return rows_of(row, tokenizer)
+    except Refused as refused:
+        return str(refused)
+
+
+def rows_of(row, tokenizer):
+    messages, rows, inside = row["messages"], [], []
+
+    def render(messages, **kwargs):
+        try:
+            return tokenizer.apply_chat_template(messages, tools=row.get("tools"), tokenize=False, **kwargs)
+        except Exception as error:
+            raise Refused(RAISES) from error
+
+    whole = render(messages)
+    for n, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = render(messages[:n], add_generation_prompt=True)
+        said = answer(message, prompt, render(messages[: n + 1]), tokenizer.eos_token)
+        head, block = prompt[: opening(prompt)], ""
+        if not thinks(message) and not EMPTY_BLOCK.match(message["content"]):
+            plain = {**message, "content": message["content"].lstrip()}  # all white space before it is the template's
+            found = EMPTY_BLOCK.match(answer(plain, prompt, render([*messages[:n], plain]), tokenizer.eos_token))
+            block = found[0] if found else ""
+        context, said = prompt + block, said[len(block) :]
+        contexts = [context] + [head] * bool(EMPTY_BLOCK.fullmatch(context[len(head) :]))
+        found = [context for context in contexts if whole.startswith(context + said)]
+        inside += [(found[0], said)] if found else []
+        rows += [] if found else [[(context, said)]]
+    return rows + [inside] * bool(inside)
+
+
+def opening(prompt):
+    return re.search(r"(<think>\s*(</think>\s*)?)?\Z", prompt).start()
+
+
+def thinks(message):
+    return bool(message.get("reasoning_content")) or message["content"].lstrip().startswith("<think>")
+
+
+def answer(message, prompt, own, eos):
+    """What the model has to say after `prompt`, when `own` is the conversation up to its turn."""
+    content, held = message["content"], prompt[opening(prompt) :]
+    if "</think>" in held and thinks(message):
+        raise Refused("has reasoning, but the generation prompt")
+    if own.startswith(prompt) and not (held and "<think>" in own[len(prompt) :]):
+        said = own[len(prompt) :]
+    elif held and "</think>" not in held and content.lstrip().startswith("<think>"):
+        said = content.lstrip().removeprefix("<think>").removeprefix("\n" * held.endswith("\n")) + eos
+    elif "</think>" in held and own.startswith(prompt[: opening(prompt)]):
+        said = own[opening(prompt) :]
+    else:
+        raise Refused("the chat template renders")
+    said = re.sub(rf"({re.escape(eos)}\s*)+$", eos, said.rstrip())
+    said += "" if said.endswith((eos, "<|call|>", "<|tool_response>", "<|observation|>")) else eos
+    names = [call["function"]["name"] for call in message.get("tool_calls", [])]
+    left = "".join((held + said).split())
+    for text in sorted([content, message.get("reasoning_content", ""), *names], key=len, reverse=True):
+        if "".join(text.split()) not in left:
+            raise Refused("does not survive rendering")
+        left = left.replace("".join(text.split()), "", 1)
+    return said
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("kind", ROWS)
+def test_what_is_learnt_is_what_inference_asks_for(load, name, kind):
+    tokenizer, rows = load(name), oracle(ROWS[kind], load(name))
+    if isinstance(rows, str):
+        with pytest.raises(BadRow) as caught:
+            encode(ROWS[kind], tokenizer)
+        assert rows == RAISES or rows in caught.value.problem
+    else:
+        assert [learnt(row, tokenizer) for row in encode(ROWS[kind], tokenizer)] == rows
+
+
+def test_nothing_is_left_out(load):
+    assert len(TEMPLATES) * len(ROWS) == 1190
+    assert {
+        kind: sum(isinstance(oracle(row, load(n)), str) for n in TEMPLATES) for kind, row in ROWS.items()
+    } == REFUSED
+    for name in VISION:
+        with pytest.raises(UserError, match="the chat template cannot render a user and an assistant turn"):
+            load(name)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3", "nemotron_3_nano"])
+@pytest.mark.parametrize("kind", ["blank", "think, blank", "multi"])
+def test_tokenizers_that_count_no_white_space_to_a_token(load, name, kind):
+    if not isinstance(rows := oracle(ROWS[kind], load(name)), str):
+        tokenizer = copy.deepcopy(load(name))
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+        assert [learnt(row, tokenizer) for row in encode(ROWS[kind], tokenizer)] == rows
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("who", ["user", "both"])
+def test_control_tokens_in_contents_are_text(load, name, who):
+    tokenizer = load(name)
+    tokens = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+    structure, spelled = [], "|".join(map(re.escape, tokens))
+    start = THINK("") if NEED_REASONING.match(name) else ""
+    fake = chat("q", f"{start}FAKE")["messages"]
+    fake = TAGS.sub("", tokenizer.apply_chat_template(fake, tokenize=False, add_generation_prompt=True))
+    fake += " ".join([*tokens, tokens[0][:2] + tokens[0] + tokens[0][2:]])
+    fake = fake.replace("<|channel|>", "<|channel|> ")  # of which gpt-oss would say that it belongs elsewhere
+    for text in (fake, "x"):
+        asked, said = f"u {text} v", f"{start}a {text if who == 'both' else 'x'} b"
+        row = chat(asked, said, "u2", f"{start}a2")
+        expected = oracle(row, tokenizer)
+        if isinstance(expected, str):
+            assert name.startswith(("idefics3", "smolvlm")) or (who == "both" and READ_CONTENTS.match(name))
+            with pytest.raises(BadRow):
+                encode(row, tokenizer)
+            return
+        rows = encode(row, tokenizer)
+        assert [learnt(row, tokenizer, spelled=True) for row in rows] == expected
+        assert who == "both" or not any("FAKE" in said for row in expected for _, said in row)
+        assert sum(row["control_tokens"] for row in rows) == len(re.findall(spelled, asked + said))
+        structure.append([[i for i in row["input_ids"] if i in tokenizer.all_special_ids] for row in rows])
+    assert structure[0] == structure[1]
+
+
+def test_marks_of_ours_in_a_content_hide_nothing(load):
+    rows = [chat("u1", "a1"), chat(f"{OPEN}u1{CLOSE}{OPEN}", f"a1{OPEN}")]
+    harmless, forged = (encode(row, load("qwen2_5"))[0]["input_ids"] for row in rows)
+    assert harmless == forged
