@@ -68,6 +68,9 @@ class TestTemplate:
 
     def test_the_recipes_wins_by_name_as_text_or_as_path(self, other_model, tmp_path):
         assert load(other_model(PLAIN_CHATML), chat_template="chatml")[0].chat_template == CHATML
+        assert load(other_model(PLAIN_CHATML), chat_template="qwen3")[0].chat_template == qwen3_chat_template
+        named = str(other_model(PLAIN_CHATML))
+        assert load(named, chat_template=named)[0].chat_template == PLAIN_CHATML
         (tmp_path / "t.jinja").write_text(PLAIN_CHATML)
         assert load(other_model(LLAMA, ["<|eot|>"]), chat_template=PLAIN_CHATML)[0].chat_template == PLAIN_CHATML
         assert load(other_model(LLAMA), chat_template=str(tmp_path / "t.jinja"))[0].chat_template == PLAIN_CHATML
@@ -78,8 +81,10 @@ class TestTemplate:
         [
             (
                 {"chat_template": "no/such.jinja"},
-                "'no/such.jinja' is neither chatml, nor Jinja text, nor a readable file",
+                "'no/such.jinja' is neither chatml",
             ),
+            ({"chat_template": "no/such-model"}, "'no/such-model' is neither chatml, nor the name of a template"),
+            ({"chat_template": "You are kind. {{ bos_token }}"}, "a system prompt belongs into system_prompt"),
             ({"chat_template": "{% for m in messages %}"}, "cannot render a user and an assistant turn"),
             (
                 {"chat_template": "{{ a }}", "chat_template_path": "x"},

@@ -110,6 +110,9 @@ def test_everything_that_can_happen_to_a_row(prepared):
     assert sorted(reason.partition(":")[0] for reason in entry["dropped"]) == ["bad row"] * 2 + [
         "nothing supervised in it"
     ]
+    made = [row for row in data["train"] if "One?" in tokenizer.decode(row["input_ids"])]
+    assert entry["expanded_tokens"] == min(len(row["input_ids"]) for row in made)
+    assert len(made) == 2
     assert entry["duplicates"] == 1
     assert closed["train"]["sources"][1]["duplicates"] == 4
     assert entry["truncated"] == 1

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import trl
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from open_r1.errors import UserError
@@ -33,6 +34,7 @@ CHATML = """\
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
+SHIPPED = Path(trl.__file__).parent / "chat_templates"
 # Tokens that models keep for padding or leave unused, in the order we would take them.
 PADDING = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<|vision_pad|>", "<unk>")
 
@@ -82,7 +84,11 @@ def load_tokenizer(model_args: "ModelConfig", training_args: "SFTConfig") -> Pre
 
 
 def recipe_template(training_args: "SFTConfig") -> str | None:
-    """The template that the recipe gives: `chatml`, Jinja text, or the path of a `.jinja` file. Raises `UserError`."""
+    """The template that the recipe gives, None when it gives none.
+
+    `chat_template` is `chatml`, the name of a template that TRL ships (`llama3`, `qwen3`), Jinja text, the path of a
+    `.jinja` file, or a model whose template to take. Raises `UserError`.
+    """
     if training_args.chat_template is not None and training_args.chat_template_path is not None:
         raise UserError("chat_template and chat_template_path are both set; keep chat_template")
     given = training_args.chat_template or training_args.chat_template_path
@@ -90,12 +96,20 @@ def recipe_template(training_args: "SFTConfig") -> str | None:
         return CHATML
     if given is None or "{" in given:
         return given
+    path = SHIPPED / f"{given}.jinja" if (SHIPPED / f"{given}.jinja").is_file() else Path(given)
     try:
-        return Path(given).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        if path.suffix in (".jinja", ".j2") or path.is_file():
+            return path.read_text(encoding="utf-8")
+        template = AutoTokenizer.from_pretrained(given, trust_remote_code=False).chat_template
+    except (OSError, UnicodeDecodeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"chat_template: {given!r} is neither chatml, nor Jinja text, nor a readable file: {error}"
+            f"chat_template: {given!r} is neither chatml, nor the name of a template that TRL ships, nor Jinja text, "
+            f"nor a readable file, nor a model: {reason}"
         ) from None
+    if not isinstance(template, str):
+        raise UserError(f"chat_template: {given!r} has no single chat template of its own")
+    return template
 
 
 def add_delimiters(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -134,8 +148,14 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
+        other = tokenizer.apply_chat_template([{"role": "user", "content": "Lo"}, messages[1]], tokenize=False)
     except Exception as error:  # a template may raise anything
         raise UserError(f"the chat template cannot render a user and an assistant turn: {error}") from error
+    if text == other:
+        raise UserError(
+            "the chat template writes the same text for different conversations: it does not use messages; a system "
+            "prompt belongs into system_prompt"
+        )
     tail = text[text.rfind(said) + len(said) :]
     special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
     found = re.search(f"({'|'.join(map(re.escape, special))})+", tail) if special else None

@@ -145,7 +145,10 @@ class SFTConfig(trl.SFTConfig):
     )
     chat_template: str | None = field(
         default=None,
-        metadata={"help": "chatml, Jinja text, or the path of a .jinja file. Default: the model's own, else ChatML."},
+        metadata={
+            "help": "chatml, the name of a template that TRL ships (llama3, qwen3), Jinja text, the path of a .jinja "
+            "file, or a model whose template to take. Default: the model's own, else ChatML."
+        },
     )
     system_prompt: str | None = field(
         default=None, metadata={"help": "System message for conversations that have none of their own."}

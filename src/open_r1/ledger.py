@@ -35,6 +35,7 @@ def entry_of(name: str, source_rows: int, drawn: np.ndarray, columns: dict[str, 
         "rows_in": int(drawn.sum()),
         "expanded": 0 if splits else extra,
         "split": extra if splits else 0,
+        "expanded_tokens": 0 if splits else growth(columns["row"], columns["tokens"], times),
         "trained": int(times[kept].sum()),
         "dropped": dict(dropped),
         "truncated": int(times[kept & (columns["cut"] > 0)].sum()),
@@ -43,6 +44,15 @@ def entry_of(name: str, source_rows: int, drawn: np.ndarray, columns: dict[str, 
         "epochs": round(float(drawn.sum() / source_rows), 4),
         "lengths": lengths_of(lengths),
     }
+
+
+def growth(rows: np.ndarray, tokens: np.ndarray, times: np.ndarray) -> int:
+    """Tokens added by rows made of rewritten turns: all that come of a conversation but the longest."""
+    if len(rows) == 0:
+        return 0
+    starts = np.flatnonzero(np.diff(rows, prepend=-1))
+    longest = np.maximum.reduceat(tokens, starts)
+    return int((tokens * times).sum() - (longest * times[starts]).sum())
 
 
 def lengths_of(lengths: np.ndarray) -> dict[str, int]:
