@@ -97,11 +97,11 @@ def look(recipe: Recipe, count: int) -> "tuple[list[View], list[Entry]]":
     from open_r1.preparation import prepare, rows_by_source
     from open_r1.sft import build_configs
     from open_r1.tokenization import Supervision, tokenize_source
-    from open_r1.trainer import set_verbosity
+    from open_r1.trainer import tell_libraries
 
     recipe.values.setdefault("output_dir", "data/sft")
     script_args, args, model_args = build_configs(recipe)
-    set_verbosity(args)
+    tell_libraries(args)
     args.max_truncated_answers = None  # a recipe that is refused for what it cuts is one to look at
     tokenizer = get_tokenizer(model_args, args)
     prepared = prepare(script_args, args, tokenizer)

@@ -148,10 +148,10 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-        other = tokenizer.apply_chat_template([{"role": "user", "content": "Lo"}, messages[1]], tokenize=False)
+        longer = tokenizer.apply_chat_template([*messages, *messages], tokenize=False)
     except Exception as error:  # a template may raise anything
         raise UserError(f"the chat template cannot render a user and an assistant turn: {error}") from error
-    if text == other:
+    if text == longer:
         raise UserError(
             "the chat template writes the same text for different conversations: it does not use messages; a system "
             "prompt belongs into system_prompt"

@@ -113,6 +113,8 @@ def finished(output_dir: str, settings: dict[str, Any]) -> int | None:
     Raises `UserError` when a run there was started with other settings: it is neither passed off as this one nor
     gone on with under them. What only concerns logging, saving and evaluation may differ.
     """
+    if not output_dir or Path(output_dir).is_file():
+        raise UserError(f"output_dir: {output_dir!r} is no directory that can be written to")
     try:
         state = json.loads((Path(output_dir) / RUN_STATE).read_text())
         status, step, before = state["status"], state["global_step"], dict(state["settings"])

@@ -46,8 +46,6 @@ def run(recipe: Recipe) -> int:
     for note in recipe.notes:
         logger.warning(note)
     output_dir, settings = recipe.values.setdefault("output_dir", "data/sft"), recipe.values
-    if not output_dir or Path(output_dir).is_file():
-        raise UserError(f"output_dir: {output_dir!r} is no directory that can be written to")
     if (step := finished(output_dir, settings)) is not None:
         logger.info("this run finished at step %d and its model is in %s: nothing to do", step, output_dir)
         return 0
@@ -62,10 +60,10 @@ def run(recipe: Recipe) -> int:
     from open_r1.model import adapter_config, check_model, get_model
     from open_r1.preparation import prepare
     from open_r1.report import after_saving, restore, summarize, train
-    from open_r1.trainer import name_trackers, set_verbosity, trainer_arguments
+    from open_r1.trainer import tell_libraries, trainer_arguments
 
     script_args, training_args, model_args = build_configs(recipe)
-    set_verbosity(training_args)
+    tell_libraries(training_args)
     set_seed(training_args.seed)
     check_model(model_args, training_args)
     callbacks = get_callbacks(training_args)
@@ -80,7 +78,6 @@ def run(recipe: Recipe) -> int:
         ready_branch(training_args, resuming=checkpoint is not None)
         record(output_dir, "running", 0, settings)
         ledger.write(output_dir, {name: part.ledger for name, part in prepared.parts.items()})
-    name_trackers(training_args)
     trained = at_last_step(checkpoint)
     model = get_model(model_args, training_args, tokenizer, weights=checkpoint if trained else None)
     trainer = SFTTrainer(

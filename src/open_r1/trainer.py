@@ -34,20 +34,16 @@ def trainer_arguments(args: "SFTConfig") -> "SFTConfig":
     return told
 
 
-def name_trackers(args: "SFTConfig") -> None:
-    """Hand the recipe's Weights & Biases names to the tracker, which reads them from the environment."""
+def tell_libraries(args: "SFTConfig") -> None:
+    """Give the libraries the recipe's log level (replicas their own, quieter one) and W&B its names."""
+    level = args.get_process_log_level()
+    transformers.utils.logging.set_verbosity(level)
+    datasets.utils.logging.set_verbosity(level)
+    if args.process_index != 0:
+        datasets.disable_progress_bars()
     names = {
         "WANDB_ENTITY": args.wandb_entity,
         "WANDB_PROJECT": args.wandb_project,
         "WANDB_RUN_GROUP": args.wandb_run_group,
     }
     os.environ.update({name: value for name, value in names.items() if value is not None})
-
-
-def set_verbosity(args: "SFTConfig") -> None:
-    """Give the libraries the recipe's log level, replicas their own, quieter one."""
-    level = args.get_process_log_level()
-    transformers.utils.logging.set_verbosity(level)
-    datasets.utils.logging.set_verbosity(level)
-    if args.process_index != 0:
-        datasets.disable_progress_bars()
