@@ -368,7 +368,7 @@ def launch(*argv, **more):
         env={**os.environ, "PATH": path, **more},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=180,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

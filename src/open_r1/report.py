@@ -74,3 +74,13 @@ def summarize(trainer: SFTTrainer) -> None:
     print(f"eval loss   {course('eval_loss')}")
     print(f"model       {out} (weights, tokenizer with chat template, generation config, card)")
     print(f"beside it   {', '.join(beside)}")
+
+
+def end(trainer: SFTTrainer) -> None:
+    """Finish the trackers and leave the process group.
+
+    Destroying a gloo group right behind its last collective can deadlock (torch 2.13): its thread wants the GIL to free
+    a tensor, and the destroying thread holds it while joining that thread. At a barrier the GIL is free long enough.
+    """
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()

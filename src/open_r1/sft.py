@@ -59,7 +59,7 @@ def run(recipe: Recipe) -> int:
     from open_r1.chat import get_tokenizer
     from open_r1.model import adapter_config, check_model, get_model
     from open_r1.preparation import prepare
-    from open_r1.report import after_saving, restore, summarize, train
+    from open_r1.report import after_saving, end, restore, summarize, train
     from open_r1.trainer import tell_libraries, trainer_arguments
 
     script_args, training_args, model_args = build_configs(recipe)
@@ -98,7 +98,7 @@ def run(recipe: Recipe) -> int:
         if not failed:
             record(output_dir, "complete", trainer.state.global_step, settings)
         summarize(trainer)
-    trainer.end()
+    end(trainer)
     return 1 if failed else 0
 
 

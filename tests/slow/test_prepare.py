@@ -1,9 +1,7 @@
-"""Preparation under fire: killed at any moment, started by many at once, and on a gigabyte of rows."""
+"""Preparation under fire: killed at any moment, started by many at once."""
 
-import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -83,15 +81,3 @@ def test_started_by_many_at_once_it_is_prepared_once(tiny_model, rows, tmp_path,
     assert sum("packed for the first time" in output for output in outputs) == 1
     assert len(tables(tmp_path)) == 2
     assert not list((tmp_path / "open_r1").glob("*.partial*"))
-
-
-def test_a_gigabyte_of_rows_needs_little_memory(tiny_model, conversations, tmp_path):
-    path = tmp_path / "big.jsonl"
-    text = "".join(json.dumps(row) + "\n" for row in conversations)
-    with path.open("w") as file:
-        while file.tell() < 10**9:
-            file.write(text)
-    argv = settings(model_name_or_path=tiny_model, dataset_name=path, output_dir="unused")
-    done = finish(start(tmp_path / "cache", argv))
-    assert "rows in" in done
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024 < 2000
