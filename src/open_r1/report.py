@@ -79,8 +79,8 @@ def summarize(trainer: SFTTrainer) -> None:
 def end(trainer: SFTTrainer) -> None:
     """Finish the trackers and leave the process group.
 
-    Destroying a gloo group right behind its last collective can deadlock (torch 2.13): its thread wants the GIL to free
-    a tensor, and the destroying thread holds it while joining that thread. At a barrier the GIL is free long enough.
+    Destroying a gloo group right behind its last collective can deadlock (torch 2.13): its thread wants the GIL to
+    free a tensor, and the destroying thread holds it while joining that thread. At a barrier the GIL is free.
     """
     trainer.accelerator.wait_for_everyone()
     trainer.end()
