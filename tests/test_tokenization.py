@@ -115,6 +115,17 @@ def test_tools_and_template_arguments_reach_the_template(encode):
     assert tokenizer.decode(table[0]["input_ids"]).startswith("add!What is")
 
 
+def test_a_row_of_which_every_turn_is_masked_is_dropped_and_counted(encode):
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'assistant' and not loop.last %}"
+        "{{ 'gone' }}{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    table, _ = encode([{"messages": CHAT[:3]}], chat_template=template, on_rewritten_turn="mask")
+    assert (table[0]["dropped"], table[0]["masked_turns"]) == ("every turn is rewritten by the template", 1)
+
+
 def test_long_rows_are_cut_and_counted(encode):
     whole, _ = encode([{"messages": CHAT}])
     cut, _ = encode([{"messages": CHAT}], max_length=40)

@@ -36,7 +36,7 @@ from open_r1.supervision import (
 if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
 
-VERSION = 3  # part of the cache key: raise it whenever this package would tokenise a row differently
+VERSION = 4  # part of the cache key: raise it whenever this package would tokenise a row differently
 COUNTS = ("tokens", "supervised", "cut", "answers", "lost_end", "masked_turns", "control_tokens", "stop_added")
 FEATURES = Features(
     {
@@ -191,6 +191,8 @@ def row_pieces(
     if how.system_prompt is not None and messages[0]["role"] != "system":
         messages, given = [{"role": "system", "content": how.system_prompt}, *messages], given and given + 1
     renderings, counts = render_conversation(messages, given, template_kwargs(row), template, how)
+    if not renderings:
+        return [Piece(index, counts, dropped="every turn is rewritten by the template")]
     pieces = [Piece(index, Counter(), text, spans) for text, spans in renderings]
     pieces[0].counts.update(counts)
     return pieces
