@@ -4,13 +4,15 @@
 
 Tokenises and packs as `sft.py` would and keeps the tables where `sft.py` looks for them, by content, under
 $HF_DATASETS_CACHE/open_r1. `--export` also writes them as an ordinary `save_to_disk` directory: `train` and, when the
-recipe evaluates, `eval`, with `input_ids`, `labels` and `source` (unpacked).
+recipe evaluates, `eval`, with `input_ids`, `labels`, `source` and `row` (unpacked).
 """
 
 import argparse
 import logging
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from open_r1.errors import UserError
 from open_r1.recipe import load_recipe
@@ -49,12 +51,25 @@ def prepare_recipe(argv: list[str], export: Path | None) -> None:
     script_args, training_args, model_args = build_configs(recipe)
     prepared = prepare(script_args, training_args, get_tokenizer(model_args, training_args))
     if export is not None:
-        parts = {
-            name: part.unpacked.add_column("source", [part.sources[number] for number in part.origin])
-            for name, part in prepared.parts.items()
-        }
-        DatasetDict(parts).save_to_disk(export)
+        export.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=export.parent) as scratch:
+            parts = {
+                name: part.unpacked.map(
+                    name_sources,
+                    batched=True,
+                    fn_kwargs={"names": part.sources},
+                    cache_file_name=f"{scratch}/{name}.arrow",
+                    desc="Exporting",
+                )
+                for name, part in prepared.parts.items()
+            }
+            DatasetDict(parts).save_to_disk(export)
         logger.info("exported to %s", export)
+
+
+def name_sources(rows: dict[str, list[Any]], names: list[str]) -> dict[str, list[str]]:
+    """The sources of rows by name instead of number."""
+    return {"source": [names[number] for number in rows["source"]]}
 
 
 if __name__ == "__main__":

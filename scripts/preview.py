@@ -96,7 +96,7 @@ def look(recipe: Recipe, count: int) -> "tuple[list[View], list[Entry]]":
     from open_r1.mixture import draw
     from open_r1.preparation import prepare, rows_by_source
     from open_r1.sft import build_configs
-    from open_r1.tokenization import Supervision, tokenize_source
+    from open_r1.tokenization import Supervision, counts_of, tokenize_source
     from open_r1.trainer import tell_libraries
 
     recipe.values.setdefault("output_dir", "data/sft")
@@ -114,10 +114,11 @@ def look(recipe: Recipe, count: int) -> "tuple[list[View], list[Entry]]":
     views = []
     for number, rows in enumerate(rows_by_source(list(orders.values()), len(sources))):
         table = tokenize_source(sources[number], rows, tokenizer, how, args.dataset_num_proc)
-        made_of, tokens, cut = (table.data.column(name).to_numpy() for name in ("row", "tokens", "cut"))
+        counts = counts_of(table)
+        made_of, tokens, cut = counts["row"], counts["tokens"], counts["cut"]
         drawn = np.searchsorted(rows, drawn_rows[drawn_from == number])
         times = np.bincount(drawn, minlength=len(rows))[made_of]
-        kept = np.flatnonzero(table.data.column("dropped").is_null().to_numpy() & (times > 0))
+        kept = np.flatnonzero(np.equal(counts["dropped"], None) & (times > 0))
         several = np.bincount(made_of, minlength=1)[made_of[kept]] > 1
         places = pick(kept, cut[kept] > 0, several, count)
         samples = [sample_of(table, place, rows, tokenizer) for place in places]

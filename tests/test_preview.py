@@ -121,10 +121,7 @@ def shown_text(text):
 
 def test_every_token_of_a_sample_once_with_its_id_and_class(coloured, trained):
     page, (part, tokenizer) = Page(coloured[1]), trained
-    rows = {
-        (int(source), tuple(row["input_ids"]), tuple(row["labels"]))
-        for source, row in zip(part.origin, part.unpacked, strict=True)
-    }
+    rows = {(row["source"], tuple(row["input_ids"]), tuple(row["labels"])) for row in part.unpacked}
     assert len(page.samples) == 10
     for number, tokens in enumerate(page.samples):
         ids, positions, supervised, texts = zip(*tokens, strict=True)

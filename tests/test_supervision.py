@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from open_r1.chat import settle_stop_token
 from open_r1.configs import SFTConfig
+from open_r1.encoding import spelling_of
 from open_r1.errors import BadRow, UserError
 from open_r1.formats import from_messages
 from open_r1.supervision import CLOSE, OPEN, probe_template
@@ -101,9 +102,11 @@ def load(tiny_model):
     return load
 
 
-def encode(row, tokenizer):
+def encode(row, tokenizer, offsets=False):
     using = {"to_row": from_messages, "tokenizer": tokenizer, "template": probe_template(tokenizer), "how": HOW}
-    return encode_batch(Dataset.from_list([row])[:], [0], **using).to_pylist()
+    spelling = None if offsets else spelling_of(tokenizer)
+    assert offsets or spelling is not None
+    return encode_batch(Dataset.from_list([row])[:], [0], spelling=spelling, **using).to_pylist()
 
 
 def learnt(row, tokenizer, spelled=False):
@@ -194,6 +197,7 @@ def test_what_is_learnt_is_what_inference_asks_for(load, name, kind):
         assert rows == RAISES or rows in caught.value.problem
     else:
         assert [learnt(row, tokenizer) for row in encode(ROWS[kind], tokenizer)] == rows
+        assert encode(ROWS[kind], tokenizer, offsets=True) == encode(ROWS[kind], tokenizer)
 
 
 def test_nothing_is_left_out(load):
@@ -212,7 +216,8 @@ def test_tokenizers_that_count_no_white_space_to_a_token(load, name, kind):
     if not isinstance(rows := oracle(ROWS[kind], load(name)), str):
         tokenizer = copy.deepcopy(load(name))
         tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-        assert [learnt(row, tokenizer) for row in encode(ROWS[kind], tokenizer)] == rows
+        for offsets in (False, True):
+            assert [learnt(row, tokenizer) for row in encode(ROWS[kind], tokenizer, offsets)] == rows
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

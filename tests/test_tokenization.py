@@ -186,7 +186,7 @@ class TestPrepare:
             tiny_model, chat_file, self.arguments(max_length=256, packing=True, do_eval=True), test_split_size=0.2
         )
         packed, held_out = prepared.train.rows, prepared.eval.rows
-        assert set(packed.column_names) == {"input_ids", "labels", "seq_lengths"}
+        assert set(packed.column_names) == {"input_ids", "labels", "seq_lengths", "source", "row"}
         assert sum(map(len, packed["input_ids"])) + sum(map(len, held_out["input_ids"])) == sum(
             map(len, loose["input_ids"])
         )
@@ -197,7 +197,47 @@ class TestPrepare:
             self.arguments(max_length=256, packing=True, eval_packing=False, do_eval=True),
             test_split_size=0.2,
         ).eval.rows
-        assert set(unpacked.column_names) == {"input_ids", "labels"}
+        assert set(unpacked.column_names) == {"input_ids", "labels", "source", "row"}
+
+    @pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+    def test_source_and_row_survive_packing(self, tiny_model, tmp_path, conversations, strategy):
+        paths = [
+            write_jsonl(tmp_path / f"{name}.jsonl", rows)
+            for name, rows in (("a", conversations[:300]), ("b", conversations[300:]))
+        ]
+        mixture = {"datasets": [{"id": paths[0], "weight": 0.7}, {"id": paths[1], "weight": 3.5}]}
+        part = self.prepare(
+            tiny_model,
+            None,
+            self.arguments(max_length=100, packing=True, packing_strategy=strategy),
+            dataset_mixture=mixture,
+        ).train
+        rows = {(row["source"], row["row"]): row for row in part.unpacked}
+        drawn = [(row["source"], row["row"]) for row in part.unpacked]
+        assert len(drawn) > 1000 and {source for source, _ in drawn} == {0, 1}
+        assert max(row for source, row in drawn if source == 0) > 250  # numbered as in the source, not as drawn
+        found, tokens = [], []
+        for pack in part.rows:
+            ids = list(zip(pack["source"], pack["row"], strict=True))
+            found += ids
+            tokens += pack["input_ids"]
+            if strategy == "wrapped":
+                continue
+            bounds = np.cumsum([0, *pack["seq_lengths"]])
+            for of, start, end in zip(ids, bounds, bounds[1:], strict=False):
+                row, length = rows[of], end - start
+                assert strategy == "bfd_split" or length == len(row["input_ids"])
+                at = [n for n in range(0, len(row["input_ids"]), 100) if row["input_ids"][n : n + length]]
+                got = pack["input_ids"][start:end], pack["labels"][start:end]
+                assert got in [(row["input_ids"][n : n + length], row["labels"][n : n + length]) for n in at]
+        if strategy == "wrapped":
+            assert [of for n, of in enumerate(found) if n == 0 or of != found[n - 1]] == [
+                of for n, of in enumerate(drawn) if n == 0 or of != drawn[n - 1]
+            ]
+            assert tokens == [token for row in part.unpacked for token in row["input_ids"]]
+        if strategy == "bfd":
+            assert sorted(found) == sorted(drawn)
+        assert set(found) == set(drawn)
 
     def test_a_second_preparation_reads_no_row(self, tiny_model, chat_file, monkeypatch):
         first = self.prepare(tiny_model, chat_file, self.arguments(max_length=77)).train.rows

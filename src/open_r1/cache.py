@@ -59,11 +59,13 @@ def _digest_of(file: Any) -> Any:
 def prepared_table(key: Key, make: Callable[[str], Any]) -> Dataset:
     """The table of `key`, made by `make(path of an arrow file to write)` when it is not there yet.
 
-    `key["what"]` says in words what the table holds; other parts are compared when it is not found.
+    `key["what"]` says in words what the table holds; other parts are compared when it is not found, unless it is
+    derived from the table `key["of"]` and nothing else.
     """
     folder = root() / digest(key)
     if not (folder / "key.json").exists():
-        explain_miss(key)
+        if "of" not in key:
+            explain_miss(key)
         partial = root() / f"{folder.name}.partial-{os.uname().nodename}-{os.getpid()}"
         partial.mkdir()
         try:

@@ -46,6 +46,8 @@ def from_prompt_completion(row: Row) -> Row:
 def for_template(row: Row) -> Row:
     """What a row says to the chat template beside messages. Raises `ValueError` when it is of no use there."""
     kept = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
+    if not kept:
+        return kept
     if isinstance(kept.get("tools"), str):
         try:
             kept["tools"] = json.loads(kept["tools"])
@@ -130,7 +132,11 @@ def message_of(message: Any, index: int) -> Row:
     """A message under `role` and `content`, absent fields left out. Raises `ValueError` when either is missing."""
     if not isinstance(message, dict):
         raise ValueError(f"message {index} must hold role and content; found {brief(message)}")
-    said = {key: without_nulls(value) for key, value in message.items() if value is not None}
+    said = {
+        key: value if isinstance(value, str) else without_nulls(value)
+        for key, value in message.items()
+        if value is not None
+    }
     if "from" in said and "role" not in said:
         said["role"] = said.pop("from")
     if "value" in said and "content" not in said:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset
 
 from open_r1.errors import UserError
 
@@ -78,13 +80,10 @@ def require_closed(entry: Entry) -> None:
         raise RuntimeError(f"the ledger of {entry['source']} does not close: {before} rows before, {after} after")
 
 
-def close(
-    part: str, entries: list[Entry], lengths: np.ndarray, batch: int, packs: int | None, pack_length: int | None
-) -> Entry:
-    """Close the ledger of `train` or `eval`: check its sums, add shares, padding and packing. Returns it.
+def close(part: str, entries: list[Entry], lengths: np.ndarray, batch: int) -> Entry:
+    """Close the ledger of `train` or `eval`: check its sums, add shares and padding. Returns it.
 
-    Args: `lengths` of the rows to train on, in tokens; `batch` rows on a device; `packs` of `pack_length` tokens, when
-    rows are packed.
+    Args: `lengths` of the rows to train on, in tokens, before packing; `batch` rows on a device.
     """
     for entry in entries:
         require_closed(entry)
@@ -95,10 +94,20 @@ def close(
         entry["achieved_share"] = round(entry["supervised"] / max(1, total["supervised"]), 4)
     total["lengths"] = lengths_of(lengths)
     total["padding_share"] = round(padding_share(lengths, batch), 4)
-    if packs is not None:
-        total["packs"] = packs
-        total["packing_efficiency"] = round(total["tokens"] / (packs * pack_length), 4)
     return {"part": part, "sources": entries, "total": total}
+
+
+def add_packing(closed: Entry, packs: Dataset, batch: int, pack_length: int, strategy: str) -> None:
+    """Add to a closed ledger how well rows fill `packs` of `pack_length` tokens, and the padding that is left.
+
+    Documents packed by `bfd` and `bfd_split` reach the model as one long row without padding, `wrapped` ones do not.
+    """
+    total = closed["total"]
+    total["packs"] = len(packs)
+    total["packing_efficiency"] = round(total["tokens"] / (len(packs) * pack_length), 4)
+    padded = strategy == "wrapped"
+    lengths = pc.list_value_length(packs.data.column("input_ids")).to_numpy() if padded else None
+    total["padding_share_packed"] = round(padding_share(lengths, batch), 4) if padded else 0.0
 
 
 def padding_share(lengths: np.ndarray, batch: int, seed: int = 0) -> float:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from open_r1.errors import UserError
@@ -32,7 +33,7 @@ def draw(sizes: Sequence[int], weights: Sequence[float], args: "ScriptArguments"
 
 def numbered(source: int, size: int) -> Dataset:
     """The rows of one source as (`source`, `row`) numbers."""
-    return Dataset.from_dict({"source": [source] * size, "row": range(size)})
+    return Dataset.from_dict({"source": np.full(size, source), "row": np.arange(size)})
 
 
 def take(rows: Dataset, weight: float, seed: int, name: str) -> Dataset:

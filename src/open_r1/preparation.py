@@ -5,11 +5,14 @@ collective meanwhile.
 """
 
 import hashlib
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +23,7 @@ from open_r1.cache import prepared_table, root
 from open_r1.data import Source, load_sources
 from open_r1.errors import UserError
 from open_r1.mixture import draw, numbered
-from open_r1.tokenization import COUNTS, Supervision, tokenize_source
+from open_r1.tokenization import Supervision, counts_of, tokenize_source
 
 if TYPE_CHECKING:
     from open_r1.configs import ScriptArguments, SFTConfig
@@ -30,13 +33,13 @@ if TYPE_CHECKING:
 class Part:
     """One part of the data, `train` or `eval`.
 
-    `rows` are for the trainer: `input_ids`, `labels` and, when packed, `seq_lengths`. `unpacked` are the same before
-    packing, row i of them from source number `origin[i]` of `sources`. `ledger` says how they came about.
+    `rows` are for the trainer: `input_ids`, `labels`, `source` (a number, its name is in `sources`) and `row` (counted
+    from 0 in that source's table). Packed, `source` and `row` are lists with a value for each document of the pack,
+    and there are `seq_lengths`. `unpacked` are the same before packing. `ledger` says how they came about.
     """
 
     rows: Dataset
     unpacked: Dataset
-    origin: np.ndarray
     sources: list[str]
     ledger: ledger.Entry
 
@@ -106,54 +109,104 @@ def assemble(
     how = Supervision.of(args, packing)
     numbers = order.with_format("numpy")
     drawn_from, drawn_rows = numbers["source"][:], numbers["row"][:]
-    tables, entries, start = [], [], 0
+    tables, entries, lengths, trained, start = [], [], [], [], 0
     first, last = np.zeros(len(order), dtype=np.int64), np.zeros(len(order), dtype=np.int64)
     for number, source in enumerate(sources):
         table = tokenize_source(source, needed[number], tokenizer, how, args.dataset_num_proc)
-        columns = {name: table.data.column(name).to_numpy() for name in ("row", "digest", "dropped", *COUNTS)}
+        counts = counts_of(table)
         mine = drawn_from == number
         position = np.searchsorted(needed[number], drawn_rows[mine])
-        first[mine] = start + np.searchsorted(columns["row"], position, side="left")
-        last[mine] = start + np.searchsorted(columns["row"], position, side="right")
+        first[mine] = start + np.searchsorted(counts["row"], position, side="left")
+        last[mine] = start + np.searchsorted(counts["row"], position, side="right")
         drawn = np.bincount(position, minlength=len(needed[number]))
         entries.append(
-            ledger.entry_of(source.name, len(source.rows), drawn, columns, splits=how.on_long_row == "split")
+            ledger.entry_of(source.name, len(source.rows), drawn, counts, splits=how.on_long_row == "split")
         )
-        tables.append(table)
+        tables.append(with_ids(table, number, needed[number][counts["row"]]))
+        lengths.append(counts["tokens"])
+        trained.append(np.equal(counts["dropped"], None))
         start += len(table)
-    together = concatenate_datasets(tables)
     places = ranges(first, last)
-    places = places[together.data.column("dropped").is_null().to_numpy()[places]]
+    places = places[np.concatenate(trained)[places]]
     if len(places) == 0:
         raise UserError(f"no row of the {part} data has a supervised token within max_length {args.max_length}")
     if args.shuffle_dataset:
         places = np.random.default_rng(args.seed).permutation(places)
-    unpacked = together.select(places).select_columns(["input_ids", "labels"])
+    rows = unpacked = concatenate_datasets(tables).select(places)
     names = [source.name for source in sources]
-    rows = packed(part, names, tables, places, unpacked, args) if packing else unpacked
+    if packing:
+        rows = packed(f"{part} of {', '.join(names)}, packed", tables, places, unpacked, args)
     batch = args.per_device_train_batch_size if part == "train" else args.per_device_eval_batch_size
-    lengths = together.data.column("tokens").to_numpy()[places]
-    closed = ledger.close(part, entries, lengths, batch, len(rows) if packing else None, args.max_length)
-    origin = np.repeat(np.arange(len(tables)), [len(table) for table in tables])[places]
-    return Part(rows, unpacked, origin, names, closed)
+    closed = ledger.close(part, entries, np.concatenate(lengths)[places], batch)
+    if packing:
+        ledger.add_packing(closed, rows, batch, args.max_length, args.packing_strategy)
+    return Part(rows, unpacked, names, closed)
 
 
-def packed(
-    part: str, names: list[str], tables: list[Dataset], places: np.ndarray, rows: Dataset, args: "SFTConfig"
-) -> Dataset:
+def with_ids(table: Dataset, source: int, rows: np.ndarray) -> Dataset:
+    """The tokens of a source's table, and where each row comes from."""
+    table = table.select_columns(["input_ids", "labels"])
+    fingerprint = table._fingerprint  # what is added follows from what the fingerprint is of, and need not be hashed
+    for name, values in (("source", np.full(len(rows), source)), ("row", rows)):
+        table = table.add_column(name, values.astype(np.int32), new_fingerprint=fingerprint)
+    return table
+
+
+def packed(what: str, tables: list[Dataset], places: np.ndarray, unpacked: Dataset, args: "SFTConfig") -> Dataset:
     """The rows packed, kept under what they are made of: the sources' tables, the order and the packing."""
     key = {
-        "what": f"{part} of {', '.join(names)}, packed",
+        "what": what,
         "sources": [table._fingerprint for table in tables],
         "order": hashlib.sha256(places.tobytes()).hexdigest()[:32],
         "packing": [args.max_length, args.packing_strategy],
     }
-    return prepared_table(key, lambda path: pack(rows, args, path))
+    tokens = unpacked.select_columns(["input_ids", "labels"])
+    packs = prepared_table(key, lambda path: pack(tokens, args, path))
+    key = {"what": "source and row of each document", "of": packs._fingerprint}
+    return concatenate_datasets([packs, prepared_table(key, lambda path: pack_ids(unpacked, args, path))], axis=1)
 
 
-def pack(rows: Dataset, args: "SFTConfig", path: str) -> None:
+def pack(rows: Dataset, args: "SFTConfig", path: str) -> Dataset:
     """Pack rows into the arrow file `path`, with TRL, in one process: its bins depend on how rows are dealt out."""
-    pack_dataset(rows, args.max_length, args.packing_strategy, {"cache_file_name": path, "desc": "Packing"})
+    return pack_dataset(rows, args.max_length, args.packing_strategy, {"cache_file_name": path, "desc": "Packing"})
+
+
+def pack_ids(unpacked: Dataset, args: "SFTConfig", path: str) -> None:
+    """Write `source` and `row` of the documents in each pack, which TRL packs as it packs tokens: by lengths alone."""
+    with tempfile.TemporaryDirectory(dir=Path(path).parent) as scratch:
+        numbers = unpacked.with_format("arrow").map(
+            numbered_tokens,
+            with_indices=True,
+            batched=True,
+            remove_columns=unpacked.column_names,
+            cache_file_name=f"{scratch}/numbers.arrow",
+        )
+        places = pack(numbers, args, f"{scratch}/packs.arrow")
+        origin = unpacked.select_columns(["source", "row"]).with_format("numpy")[:]
+        places.with_format("arrow").map(
+            documents,
+            batched=True,
+            fn_kwargs={"origin": origin},
+            remove_columns=places.column_names,
+            cache_file_name=path,
+        )
+
+
+def numbered_tokens(rows: pa.Table, indices: list[int]) -> pa.Table:
+    """Each token as the number of its row, in lists as long as the rows'."""
+    lengths = pc.list_value_length(rows["input_ids"]).to_numpy()
+    values = np.repeat(np.array(indices, dtype=np.int32), lengths)
+    return pa.table({"place": pa.ListArray.from_arrays(np.cumsum([0, *lengths], dtype=np.int32), values)})
+
+
+def documents(packs: pa.Table, origin: dict[str, np.ndarray]) -> pa.Table:
+    """What `origin` says of the rows in each pack of numbered tokens; a row split over packs is in each of them."""
+    column = packs["place"].combine_chunks()
+    places, starts = column.flatten().to_numpy(), np.cumsum([0, *pc.list_value_length(column).to_numpy()])
+    first = np.union1d(np.flatnonzero(np.diff(places, prepend=-1)), starts[:-1])
+    offsets = np.searchsorted(first, starts).astype(np.int32)
+    columns = {name: pa.ListArray.from_arrays(offsets, values[places[first]]) for name, values in origin.items()}
+    return pa.table(columns)
 
 
 def ranges(first: np.ndarray, last: np.ndarray) -> np.ndarray:

@@ -155,20 +155,27 @@ def spans_at_a_glance(messages: Messages, whole: str, prompt: str, stop: str) ->
 
 
 def conversation_rows(
-    messages: Messages, template: Template, *, first: int = 0, on_rewritten: str, empty_reasoning: str, **kwargs: Any
-) -> tuple[list[Rendering], Counter]:
+    messages: Messages,
+    template: Template,
+    *,
+    first: int = 0,
+    plain: bool = False,
+    on_rewritten: str,
+    empty_reasoning: str,
+    **kwargs: Any,
+) -> tuple[list[Rendering], dict[str, int]]:
     """The rows to train on for one conversation, and counts of what was done to get them.
 
-    Turns before message `first` are context only. `on_rewritten` is `expand`, `mask` or `error`; `empty_reasoning` is
-    `mask` or `supervise`; `kwargs` are the row's tools and template arguments. Raises `ValueError` when what the model
-    must say cannot be told.
+    Turns before message `first` are context only; `plain` says that messages `is_plain` and hold no control tokens.
+    `on_rewritten` is `expand`, `mask` or `error`; `empty_reasoning` is `mask` or `supervise`; `kwargs` are the row's
+    tools and template arguments. Raises `ValueError` when what the model must say cannot be told.
     """
     whole = template.render(messages, **kwargs)
-    if template.prompt is not None and not kwargs and is_plain(messages):
+    if plain and template.prompt is not None:
         spans = spans_at_a_glance(messages, whole, template.prompt, template.stop)
         if spans is not None:
             before = sum(message["role"] == "assistant" for message in messages[:first])
-            return [(whole, spans[before:])], Counter()
+            return [(whole, spans[before:])], {}
     counts: Counter = Counter()
     spans: list[tuple[int, int]] = []
     rows: list[Rendering] = []
@@ -197,11 +204,8 @@ def conversation_rows(
 
 
 def is_plain(messages: Messages) -> bool:
-    """Whether messages are of the kind that the template was probed with: text alone, without marks."""
-    return all(
-        message.keys() == {"role", "content"} and message["role"] in PLAIN_ROLES and OPEN not in message["content"]
-        for message in messages
-    )
+    """Whether messages are of the kind that the template was probed with: text alone."""
+    return all(message.keys() == {"role", "content"} and message["role"] in PLAIN_ROLES for message in messages)
 
 
 def turn_at_inference(

@@ -5,11 +5,10 @@ intermediate column is written.
 """
 
 import hashlib
-import json
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from open_r1.cache import Key, digest, prepared_table
 from open_r1.data import Source
-from open_r1.encoding import IGNORED, Piece, encode_marked, encode_pieces, ranges_of
+from open_r1.encoding import IGNORED, Piece, Spelling, encode_apart, encode_pieces, ranges_of, spelling_of
 from open_r1.errors import BadRow, UserError
 from open_r1.formats import Row
 from open_r1.supervision import (
@@ -36,7 +35,7 @@ from open_r1.supervision import (
 if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
 
-VERSION = 4  # part of the cache key: raise it whenever this package would tokenise a row differently
+VERSION = 5  # part of the cache key: raise it whenever this package would tokenise a row differently
 COUNTS = ("tokens", "supervised", "cut", "answers", "lost_end", "masked_turns", "control_tokens", "stop_added")
 FEATURES = Features(
     {
@@ -53,6 +52,7 @@ beyond max_length; `answers` the supervised stretches and `lost_end` those of th
 `masked_turns` rewritten and not trained; `control_tokens` spelled out in contents and encoded as text; `stop_added`
 stop tokens that the template does not write."""
 SCHEMA = FEATURES.arrow_schema
+BATCH_ROWS, BATCH_BYTES = 256, 2**21  # raw rows tokenised at once: whichever is less
 
 
 @dataclass(frozen=True)
@@ -95,33 +95,47 @@ def tokenize_source(
     content, so that other ranks and later runs read it. Raises `UserError` naming source and row.
     """
     chosen = source.rows if len(rows) == len(source.rows) else source.rows.select(rows)
-    template = probe_template(tokenizer) if tokenizer.chat_template else None
-    encode = partial(encode_batch, to_row=source.to_row, tokenizer=tokenizer, template=template, how=how)
+    average = source.rows.data.nbytes // len(source.rows) + 1
+    size = max(1, min(BATCH_ROWS, BATCH_BYTES // average))
+
+    def write(path: str) -> None:
+        encode = partial(
+            encode_batch,
+            to_row=source.to_row,
+            tokenizer=tokenizer,
+            spelling=spelling_of(tokenizer),
+            template=probe_template(tokenizer) if tokenizer.chat_template else None,
+            how=how,
+        )
+        write_table(chosen, encode, size, num_proc, path)
+
     try:
-        return prepared_table(table_key(source, rows, tokenizer, how), partial(write_table, chosen, encode, num_proc))
+        return prepared_table(table_key(source, rows, tokenizer, how), write)
     except BadRow as bad:
         raise UserError(f"{source.name}: row {rows[bad.row]} (counting from 0): {bad.problem}") from None
 
 
-def write_table(chosen: Dataset, encode: Callable[..., pa.Table], num_proc: int | None, path: str) -> None:
-    """Tokenise `chosen` into the arrow file `path` (several, numbered, with `num_proc`)."""
+def write_table(chosen: Dataset, encode: Callable[..., pa.Table], size: int, num_proc: int | None, path: str) -> None:
+    """Tokenise `chosen`, `size` rows at once, into the arrow file `path` (several, numbered, with `num_proc`)."""
     chosen.map(
         encode,
         batched=True,
-        batch_size=256,
+        batch_size=size,
         with_indices=True,
         remove_columns=chosen.column_names,
         features=FEATURES,
-        num_proc=num_proc,
+        num_proc=num_proc if num_proc and num_proc > 1 else None,  # a pool of one costs more than it brings
         cache_file_name=path,
+        new_fingerprint=Path(path).parent.name,  # else all that `encode` holds would be pickled to name the result
         desc="Tokenizing",
     )
 
 
 def table_key(source: Source, rows: np.ndarray, tokenizer: PreTrainedTokenizerBase, how: Supervision) -> Key:
     """Everything that the tokenised table of a source depends on. The tokenizer enters by what it writes."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
-    to_row = source.to_row
+    backend, to_row = tokenizer.backend_tokenizer, source.to_row
+    backend.no_truncation()
+    backend.no_padding()
     return {
         "what": f"{source.name}, tokenised",
         "code": VERSION,
@@ -132,10 +146,33 @@ def table_key(source: Source, rows: np.ndarray, tokenizer: PreTrainedTokenizerBa
             getattr(to_row, "func", to_row).__name__,
             getattr(to_row, "keywords", {}),
         ],
-        "tokenizer": digest([backend, tokenizer.special_tokens_map]),
+        "tokenizer": digest([backend.to_str(), tokenizer.special_tokens_map]),
         "template": digest(tokenizer.chat_template),
         **asdict(how),
     }
+
+
+def counts_of(table: Dataset) -> dict[str, np.ndarray]:
+    """The columns of a tokenised table that are not tokens, one value a row.
+
+    They are kept beside it as a table of their own: read out of the big one, where they lie between the tokens, they
+    would bring all of it into memory at every start.
+    """
+    names = [name for name in FEATURES if name not in ("input_ids", "labels")]
+    key = {"what": "counts", "of": table._fingerprint}
+    counts = prepared_table(key, partial(write_columns, [part["filename"] for part in table.cache_files], names))
+    return {name: counts.data.column(name).to_numpy() for name in names}
+
+
+def write_columns(files: list[str], names: list[str], path: str) -> None:
+    """Copy some columns of arrow files to the arrow file `path`, a batch at a time."""
+    schema = pa.schema([SCHEMA.field(name) for name in names])
+    options = pa.ipc.IpcReadOptions(included_fields=[SCHEMA.get_field_index(name) for name in names])
+    with pa.OSFile(path, "wb") as target, pa.ipc.new_stream(target, schema) as writer:
+        for name in files:
+            with pa.OSFile(name) as file, pa.ipc.open_stream(file, options=options) as batches:
+                for batch in batches:
+                    writer.write_batch(batch)
 
 
 def encode_batch(
@@ -144,18 +181,19 @@ def encode_batch(
     *,
     to_row: Callable[[Row], Row],
     tokenizer: PreTrainedTokenizerBase,
+    spelling: Spelling | None,
     template: Template | None,
     how: Supervision,
 ) -> pa.Table:
     """Tokenise and label a batch of raw rows. Raises `BadRow` with the index of the first row that is wrong."""
     pieces: list[Piece] = []
-    for position, index in enumerate(indices):
-        raw = {column: values[position] for column, values in batch.items()}
+    columns = [batch[name] for name in batch]
+    for index, values in zip(indices, zip(*columns, strict=True), strict=True):
         try:
-            made = row_pieces(to_row(raw), index, tokenizer, template, how)
+            made = row_pieces(to_row(dict(zip(batch, values, strict=True))), index, tokenizer, template, how)
             for piece in made:
                 if OPEN in piece.text and not piece.add_bos:
-                    encode_marked(piece, tokenizer)
+                    encode_apart(piece, tokenizer)
             pieces += made
         except (NameError, MemoryError):
             raise  # not the row's fault
@@ -163,8 +201,8 @@ def encode_batch(
             problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             if how.on_bad_row == "error":
                 raise BadRow(index, problem) from error
-            pieces.append(Piece(index, Counter(), dropped=f"bad row: {problem.partition(';')[0][:60]}"))
-    encode_pieces([piece for piece in pieces if piece.spans is not None], tokenizer)
+            pieces.append(Piece(index, dropped=f"bad row: {problem.partition(';')[0][:60]}"))
+    encode_pieces([piece for piece in pieces if piece.spans is not None], tokenizer, spelling)
     return table_of([cut for piece in pieces for cut in fit_length(piece, how)])
 
 
@@ -178,14 +216,14 @@ def row_pieces(
             if ((values < 0) | (values >= len(tokenizer))).any():
                 raise ValueError(f"{name} holds tokens outside the vocabulary of {len(tokenizer)}")
         ids, labels = ids.astype(np.int32), labels.astype(np.int32)
-        return [Piece(index, Counter(), ids=ids, ranges=ranges_of(labels), labels=labels)]
+        return [Piece(index, ids=ids, ranges=ranges_of(labels), labels=labels)]
     if "text" in row:
         text = with_stop(row["text"], tokenizer)
-        return [Piece(index, Counter(), text, [(0, len(text))], add_bos=True)]
+        return [Piece(index, {}, text, [(0, len(text))], add_bos=True)]
     if isinstance(row.get("prompt"), str):
         text = with_stop(row["prompt"] + row["completion"], tokenizer)
         start = len(row["prompt"]) if how.completion_only else 0
-        return [Piece(index, Counter(), text, [(start, len(text))], add_bos=True)]
+        return [Piece(index, {}, text, [(start, len(text))], add_bos=True)]
     messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
     given = 0 if "messages" in row or not how.completion_only else len(row["prompt"])
     if how.system_prompt is not None and messages[0]["role"] != "system":
@@ -193,9 +231,7 @@ def row_pieces(
     renderings, counts = render_conversation(messages, given, template_kwargs(row), template, how)
     if not renderings:
         return [Piece(index, counts, dropped="every turn is rewritten by the template")]
-    pieces = [Piece(index, Counter(), text, spans) for text, spans in renderings]
-    pieces[0].counts.update(counts)
-    return pieces
+    return [Piece(index, {} if number else counts, *rendering) for number, rendering in enumerate(renderings)]
 
 
 def template_kwargs(row: Row) -> dict[str, Any]:
@@ -205,36 +241,40 @@ def template_kwargs(row: Row) -> dict[str, Any]:
 
 def render_conversation(
     messages: list[Row], given: int, kwargs: dict[str, Any], template: Template, how: Supervision
-) -> tuple[list[Rendering], Counter]:
+) -> tuple[list[Rendering], dict[str, int]]:
     """Texts and spans of a conversation whose first `given` messages are prompt. Control tokens in it are marked."""
     plain = not kwargs and is_plain(messages)
-    texts = [message["content"] for message in messages] if plain else texts_in([messages, kwargs])
-    spelled = len(template.control.findall("\n\n".join(texts)))
-    if spelled or any(OPEN in text or CLOSE in text for text in texts):  # marks of a user's own are taken out
+    texts = "\n\n".join([message["content"] for message in messages] if plain else texts_in([messages, kwargs]))
+    spelled = len(template.control.findall(texts))
+    if spelled or OPEN in texts or CLOSE in texts:  # marks of a user's own are taken out
         messages, kwargs = (
             mark_control_tokens(messages, template.control),
             mark_control_tokens(kwargs, template.control),
         )
+        plain = plain and not spelled
+    counts: dict[str, int] = {}
     if how.supervision == "full":
         text = template.render(messages, **kwargs)
-        renderings, counts = [(text, [(0, len(text))])], Counter()
+        renderings = [(text, [(0, len(text))])]
     elif not any(message["role"] == "assistant" for message in messages[given:]):
         raise ValueError("no assistant turn to learn from; add one, or set supervision: full")
     elif how.supervision == "template":
         text, spans = template.render_with_markers(messages, **kwargs)
         asked = len(template.render(messages[:given], prompt=True, **kwargs)) if given else 0
-        renderings, counts = [(text, [span for span in spans if span[1] > asked])], Counter()
+        renderings = [(text, [span for span in spans if span[1] > asked])]
     else:
         first = len(messages) - 1 if how.supervision == "last_turn" else given
         renderings, counts = conversation_rows(
             messages,
             template,
             first=first,
+            plain=plain,
             on_rewritten=how.on_rewritten_turn,
             empty_reasoning=how.empty_reasoning,
             **kwargs,
         )
-    counts["control_tokens"] = spelled
+    if spelled:
+        counts["control_tokens"] = spelled
     return renderings, counts
 
 
@@ -262,13 +302,13 @@ def fit_length(piece: Piece, how: Supervision) -> list[Piece]:
     if how.on_long_row == "error":
         raise BadRow(piece.row, f"{size} tokens exceed max_length {limit}; raise it, or set on_long_row")
     if how.on_long_row == "drop":
-        return [Piece(piece.row, Counter(cut=size), dropped="longer than max_length")]
+        return [Piece(piece.row, {"cut": size}, dropped="longer than max_length")]
     if how.on_long_row == "split":
         if not piece.add_bos:
             raise BadRow(piece.row, "on_long_row: split is for plain text; an answer cut in pieces teaches no answer")
         return [part_of(piece, start, min(start + limit, size)) for start in range(0, size, limit)]
     kept = part_of(piece, size - limit, size) if how.keep_end else part_of(piece, 0, limit)
-    kept.counts["cut"] += size - limit
+    kept.counts["cut"] = kept.counts.get("cut", 0) + size - limit
     kept.counts["answers"] = len(piece.ranges)
     kept.counts["lost_end"] = 0 if how.keep_end else sum(last > limit for _, last in piece.ranges)
     return [kept]
@@ -282,8 +322,8 @@ def part_of(piece: Piece, start: int, end: int) -> Piece:
     supervised = sum(max(0, min(last, end) - max(first, start + 1)) for first, last in piece.ranges)
     answers = sum(first < end and last > start for first, last in piece.ranges)
     if not supervised:
-        return Piece(piece.row, Counter(cut=end - start, answers=answers), dropped="nothing supervised in it")
-    counts = Counter(piece.counts, tokens=end - start, supervised=supervised, answers=answers)
+        return Piece(piece.row, {"cut": end - start, "answers": answers}, dropped="nothing supervised in it")
+    counts = {**piece.counts, "tokens": end - start, "supervised": supervised, "answers": answers}
     return Piece(piece.row, counts, ids=piece.ids[start:end], labels=piece.labels[start:end])
 
 
@@ -291,7 +331,8 @@ def digest_of(piece: Piece) -> int:
     """64 bits of the ids and labels, equal for exact duplicates."""
     if piece.ids is None:
         return 0
-    found = hashlib.blake2b(piece.ids.tobytes() + piece.labels.tobytes(), digest_size=8)
+    found = hashlib.blake2b(piece.ids, digest_size=8)
+    found.update(piece.labels)
     return int.from_bytes(found.digest(), "little", signed=True)
 
 
