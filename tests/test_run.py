@@ -287,7 +287,7 @@ def test_a_dry_run_checks_everything_but_the_weights(tiny_model, chat_file, tmp_
     argv = settings(model_name_or_path=tiny_model, dataset_name=chat_file, output_dir=tmp_path / "run", dry_run=True)
     assert main(argv) == 0
     assert "this recipe can be run" in caplog.text
-    assert "rows in" in caplog.text
+    assert "train, rows" in caplog.text
     assert not (tmp_path / "run").exists()
 
 

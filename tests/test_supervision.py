@@ -75,7 +75,7 @@ ROWS = {
 }
 # Of the 70 templates, for each kind of row: contradicts a pre-filled <think>, does not survive, or not taken at all.
 REFUSED = dict.fromkeys(ROWS, 16) | {"system": 18, "think": 6, "think, multi": 6, "think, blank": 6}
-REFUSED |= {"field": 42, "field, multi": 42, "tools": 34, "tools, text": 43, "tools, reasoning": 49}
+REFUSED |= {"field": 42, "field, multi": 42, "tools": 34, "tools, text": 41, "tools, reasoning": 47}
 RAISES = "the template raises an error"
 NEED_REASONING = re.compile("deepseek|nemotron")
 READ_CONTENTS = re.compile("gemma4|diffusion_gemma")  # they look for channel tokens in what the assistant said
@@ -136,16 +136,27 @@ def rows_of(row, tokenizer):
         except Exception as error:
             raise Refused(RAISES) from error
 
+    def render_behind(prompt, messages):
+        own = render(messages)
+        if own.startswith(prompt) or opening(prompt) < len(prompt):
+            return own
+        bare = [without_thoughts(earlier) for earlier in messages[:-1]]
+        thoughts = [turn["content"] or turn["reasoning_content"] for turn in messages if thinks_first(turn)]
+        asked = render(bare, add_generation_prompt=True)
+        dropped = own.startswith(asked) and not any(thought in own for thought in thoughts)
+        return prompt + own[len(asked) :] if dropped else own
+
     whole = render(messages)
     for n, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         prompt = render(messages[:n], add_generation_prompt=True)
-        said = answer(message, prompt, render(messages[: n + 1]), tokenizer.eos_token)
+        said = answer(message, prompt, render_behind(prompt, messages[: n + 1]), tokenizer.eos_token)
         head, block = prompt[: opening(prompt)], ""
         if not thinks(message) and not EMPTY_BLOCK.match(message["content"]):
             plain = {**message, "content": message["content"].lstrip()}  # all white space before it is the template's
-            found = EMPTY_BLOCK.match(answer(plain, prompt, render([*messages[:n], plain]), tokenizer.eos_token))
+            own = render_behind(prompt, [*messages[:n], plain])
+            found = EMPTY_BLOCK.match(answer(plain, prompt, own, tokenizer.eos_token))
             block = found[0] if found else ""
         context, said = prompt + block, said[len(block) :]
         contexts = [context] + [head] * bool(EMPTY_BLOCK.fullmatch(context[len(head) :]))
@@ -153,6 +164,15 @@ def rows_of(row, tokenizer):
         inside += [(found[0], said)] if found else []
         rows += [] if found else [[(context, said)]]
     return rows + [inside] * bool(inside)
+
+
+def thinks_first(message):
+    return bool(message.get("tool_calls")) and bool(message["content"] or message.get("reasoning_content"))
+
+
+def without_thoughts(message):
+    kept = {key: value for key, value in message.items() if key != "reasoning_content"}
+    return {**kept, "content": ""} if message.get("tool_calls") else message
 
 
 def opening(prompt):

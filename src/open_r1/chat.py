@@ -51,11 +51,14 @@ def get_tokenizer(model_args: "ModelConfig", training_args: "SFTConfig") -> PreT
         logger.warning("of the chat templates %s the default is used", ", ".join(tokenizer.chat_template))
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     template = recipe_template(training_args)
+    tokenizer.template_name = f"of {model_args.model_name_or_path}"
     if template is not None:
+        given = training_args.chat_template or training_args.chat_template_path
+        tokenizer.template_name = "of the recipe" if given == template else given
         tokenizer.chat_template = template
     elif tokenizer.chat_template is None:
         logger.info("%s has no chat template: ChatML is used", model_args.model_name_or_path)
-        tokenizer.chat_template = CHATML
+        tokenizer.template_name, tokenizer.chat_template = "chatml", CHATML
     tokenizer.added_for_chat = add_delimiters(tokenizer)
     settle_stop_token(tokenizer, training_args)
     settle_padding(tokenizer)

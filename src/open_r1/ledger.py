@@ -14,6 +14,27 @@ from open_r1.errors import UserError
 
 logger = logging.getLogger(__name__)
 Entry = dict[str, Any]
+LENGTHS = ("p50", "p90", "p99", "max")
+# The columns of the two tables on screen.
+ROWS_SHOWN = {
+    "in": "rows_in",
+    "expanded": "expanded",
+    "split": "split",
+    "trained": "trained",
+    "dropped": "dropped",
+    "cut": "truncated",
+    "lost ends": "lost_end",
+    "duplicates": "duplicates",
+    "epochs": "epochs",
+}
+TOKENS_SHOWN = {
+    "trained": "tokens",
+    "supervised": "supervised",
+    "share": "supervised_share",
+    "requested": "requested_share",
+    "achieved": "achieved_share",
+    **{key: key for key in LENGTHS},
+}
 SUMMED = ("tokens", "supervised", "cut", "answers", "lost_end", "masked_turns", "control_tokens", "stop_added")
 
 
@@ -93,6 +114,7 @@ def close(part: str, entries: list[Entry], lengths: np.ndarray, batch: int) -> E
         entry["requested_share"] = round(entry["rows_in"] / max(1, total["rows_in"]), 4)
         entry["achieved_share"] = round(entry["supervised"] / max(1, total["supervised"]), 4)
     total["lengths"] = lengths_of(lengths)
+    total["batch"] = batch
     total["padding_share"] = round(padding_share(lengths, batch), 4)
     return {"part": part, "sources": entries, "total": total}
 
@@ -130,31 +152,21 @@ def require_answers(ledger: Entry, limit: float | None) -> None:
 
 
 def show(ledger: Entry) -> None:
-    """Log the ledger as a table, one line a source, and a warning for all that was cut or dropped."""
-    heads = ("rows in", "trained", "dropped", "tokens", "supervised", "share", "cut rows", "lost ends", "p50", "max")
+    """Log the ledger: its rows, its tokens, padding and packing, and a warning for all that was cut or dropped."""
     entries = [*ledger["sources"], *([ledger["total"]] if len(ledger["sources"]) > 1 else [])]
-    lines = [
-        (
-            entry["source"],
-            f"{entry['rows_in']:,}",
-            f"{entry['trained']:,}",
-            f"{sum(entry['dropped'].values()):,}",
-            f"{entry['tokens']:,}",
-            f"{entry['supervised_share']:.1%}",
-            f"{entry['achieved_share']:.1%}",
-            f"{entry['truncated']:,}",
-            f"{entry['lost_end']:,}",
-            *(str(entry.get("lengths", {}).get(key, "")) for key in ("p50", "max")),
-        )
-        for entry in entries
-    ]
-    table = [(ledger["part"], *heads), *lines]
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    for line in table:
-        first = line[0].ljust(widths[0])
-        logger.info(
-            "%s  %s", first, "  ".join(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
-        )
+    for what, columns in (("rows", ROWS_SHOWN), ("tokens", TOKENS_SHOWN)):
+        heads = [f"{ledger['part']}, {what}", *columns]
+        lines = [[entry["source"], *(cell(entry, key) for key in columns.values())] for entry in entries]
+        widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
+        for first, *others in (heads, *lines):
+            logger.info("%s  %s", first.ljust(widths[0]), "  ".join(map(str.rjust, others, widths[1:])))
+    total = ledger["total"]
+    packing = ""
+    if "packs" in total:
+        packing = f"; packed, {total['packs']:,} rows are {total['packing_efficiency']:.1%} full, and padding is "
+        packing += f"{total['padding_share_packed']:.1%}"
+    padding = f"{total['padding_share']:.1%} of a batch of {total['batch']}"
+    logger.info("%s: padding is %s%s", ledger["part"], padding, packing)
     for entry in ledger["sources"]:
         for reason, count in entry["dropped"].items():
             logger.warning("%s %s: %d rows dropped: %s", ledger["part"], entry["source"], count, reason)
@@ -167,6 +179,16 @@ def show(ledger: Entry) -> None:
                 entry["cut"],
                 entry["lost_end"],
             )
+
+
+def cell(entry: Entry, key: str) -> str:
+    """A number of an entry as it is shown; empty where there is none."""
+    value = entry["lengths"].get(key) if key in LENGTHS else entry.get(key)
+    if isinstance(value, dict):
+        value = sum(value.values())
+    if isinstance(value, float):
+        return f"{value:.2f}" if key == "epochs" else f"{value:.1%}"
+    return "" if value is None else f"{value:,}"
 
 
 def write(output_dir: str, ledgers: dict[str, Entry]) -> None:

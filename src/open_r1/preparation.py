@@ -180,6 +180,7 @@ def pack_ids(unpacked: Dataset, args: "SFTConfig", path: str) -> None:
             batched=True,
             remove_columns=unpacked.column_names,
             cache_file_name=f"{scratch}/numbers.arrow",
+            desc="Numbering",
         )
         places = pack(numbers, args, f"{scratch}/packs.arrow")
         origin = unpacked.select_columns(["source", "row"]).with_format("numpy")[:]
@@ -189,6 +190,7 @@ def pack_ids(unpacked: Dataset, args: "SFTConfig", path: str) -> None:
             fn_kwargs={"origin": origin},
             remove_columns=places.column_names,
             cache_file_name=path,
+            desc="Numbering packs",
         )
 
 

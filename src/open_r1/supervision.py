@@ -36,6 +36,7 @@ class Template:
     tokens that structure a conversation.
     """
 
+    name: str
     text: str
     special: dict[str, Any]
     stop: str
@@ -90,6 +91,7 @@ def probe_template(tokenizer: PreTrainedTokenizerBase) -> Template:
     text = tokenizer.chat_template
     text = text["default"] if isinstance(text, dict) else text
     bare = Template(
+        name=getattr(tokenizer, "template_name", f"of {tokenizer.name_or_path}"),
         text=text,
         special=tokenizer.special_tokens_map,
         stop=tokenizer.eos_token,
@@ -232,17 +234,33 @@ def turn_at_inference(
         before = prompt[: prefill.start()]
         said = own[len(before) :] if own.startswith(before) else None
         counts["prefilled"] += 1
+    elif said is None and not prefill and index > 1:
+        said = behind_last_message(messages, index, prompt, own, template, kwargs)
     if said is None or (prefill and prefill[1] and has_reasoning):
         raise ValueError(contradiction(index, prompt, bool(prefill), has_reasoning))
     response, added = up_to_stop(said, template)
     counts["stop_added"] += added
-    require_survival(message, index, content, reasoning, prefill[0] + response if prefill else response)
+    require_survival(message, index, content, reasoning, prefill[0] + response if prefill else response, template)
     injected = None if has_reasoning or EMPTY_REASONING.match(content) else EMPTY_REASONING.match(response)
     counts["empty_reasoning"] += injected is not None
     skipped = injected.end() if injected else 0
     if skipped and content[:1].isspace():  # which the pattern takes for the block's
         skipped = max(0, min(skipped, len(around(messages, index, template, kwargs)[0]) - len(prompt)))
     return Turn(prompt, response, prefill[0] if prefill else "", skipped)
+
+
+def behind_last_message(
+    messages: Messages, index: int, prompt: str, own: str, template: Template, kwargs: dict[str, Any]
+) -> str | None:
+    """What turn `index` says where the template rewrites something before the message that it answers.
+
+    (gpt-oss drops the reasoning of tool calls once the answer is there.) That message with the generation prompt is
+    looked for in `own`; control tokens in it, which no content can hold, make sure that it is not another text.
+    """
+    before = template.render(messages[: index - 1], **kwargs)
+    asked = prompt[len(before) :] if prompt.startswith(before) else ""
+    at = own.rfind(asked) if template.control.search(asked) else -1
+    return own[at + len(asked) :] if at >= 0 else None
 
 
 def around(messages: Messages, index: int, template: Template, kwargs: dict[str, Any]) -> tuple[str, str]:
@@ -281,7 +299,9 @@ def up_to_stop(said: str, template: Template) -> tuple[str, bool]:
     return said + template.stop, True
 
 
-def require_survival(message: dict[str, Any], index: int, content: str, reasoning: str, response: str) -> None:
+def require_survival(
+    message: dict[str, Any], index: int, content: str, reasoning: str, response: str, template: Template
+) -> None:
     """Raise `ValueError` when something that the message says is not in its rendering, white space aside."""
     rendered = squeeze(response)
     names = [call.get("function", call).get("name", "") for call in message.get("tool_calls") or []]
@@ -289,7 +309,7 @@ def require_survival(message: dict[str, Any], index: int, content: str, reasonin
     for what, text in sorted(texts, key=lambda said: len(said[1]), reverse=True):
         if squeeze(text) not in rendered:
             raise ValueError(
-                f"the {what} of message {index} does not survive rendering by the chat template; "
+                f"the {what} of message {index} does not survive rendering by the chat template {template.name}; "
                 f"it holds {text[:60]!r}, the rendering {response[:60]!r}"
             )
         rendered = rendered.replace(squeeze(text), "", 1)  # a call's name in the content does not stand for the call
