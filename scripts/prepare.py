@@ -47,8 +47,10 @@ def prepare_recipe(argv: list[str], export: Path | None) -> None:
 
     from open_r1.chat import get_tokenizer
     from open_r1.preparation import prepare
+    from open_r1.trainer import tell_libraries
 
     script_args, training_args, model_args = build_configs(recipe)
+    tell_libraries(training_args)
     prepared = prepare(script_args, training_args, get_tokenizer(model_args, training_args))
     if export is not None:
         export.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -126,7 +125,8 @@ def write_table(chosen: Dataset, encode: Callable[..., pa.Table], size: int, num
         features=FEATURES,
         num_proc=num_proc if num_proc and num_proc > 1 else None,  # a pool of one costs more than it brings
         cache_file_name=path,
-        new_fingerprint=Path(path).parent.name,  # else all that `encode` holds would be pickled to name the result
+        # Else all that `encode` holds would be pickled to name the result, and the name is written into the file.
+        new_fingerprint="tokens",
         desc="Tokenizing",
     )
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 from typing import TYPE_CHECKING
 
 import datasets
@@ -39,7 +40,7 @@ def tell_libraries(args: "SFTConfig") -> None:
     level = args.get_process_log_level()
     transformers.utils.logging.set_verbosity(level)
     datasets.utils.logging.set_verbosity(level)
-    if args.process_index != 0:
+    if args.process_index != 0 or not sys.stderr.isatty():  # a log would be nothing but bars
         datasets.disable_progress_bars()
     names = {
         "WANDB_ENTITY": args.wandb_entity,

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from bench_preparation import pairs_and_model, short_rows
 from conftest import ROOT, settings, write_jsonl
 
 
@@ -79,5 +80,46 @@ def test_started_by_many_at_once_it_is_prepared_once(tiny_model, rows, tmp_path,
     outputs = [finish(process) for process in running]
     assert sum("tokenised for the first time" in output for output in outputs) == 1
     assert sum("packed for the first time" in output for output in outputs) == 1
-    assert len(tables(tmp_path)) == 2
+    assert len(tables(tmp_path)) == 4  # tokens, their counts, packs, and what is in them
     assert not list((tmp_path / "open_r1").glob("*.partial*"))
+
+
+def memory_group(limit):
+    """A new memory cgroup of `limit` bytes and the file that tells its peak; None where none can be made."""
+    lines = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
+    first = Path("/sys/fs/cgroup/memory" + lines["memory"]) if "memory" in lines else None
+    group = (first or Path("/sys/fs/cgroup" + lines.get("", "/"))) / f"prepare-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / ("memory.limit_in_bytes" if first else "memory.max")).write_text(str(limit))
+    except OSError:
+        return None
+    return group
+
+
+def test_a_gigabyte_of_rows_is_prepared_and_packed_in_two(tmp_path):
+    """All memory counts: that of both processes and every page of a file that the kernel holds for them."""
+    group = memory_group(2 * 2**30)
+    if group is None:
+        pytest.skip("no memory cgroup can be made here")
+    pairs = pairs_and_model(tmp_path)
+    size, count = 0, 0
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for line in short_rows(pairs):
+            size, count = size + file.write(line), count + 1
+            if size > 1e9:
+                break
+    argv = arguments(tmp_path / "model", tmp_path / "rows.jsonl", max_length=4096, dataset_num_proc=2)
+    command = [sys.executable, "scripts/prepare.py", *map(str, argv)]
+    join = f'echo $$ > "{group}/cgroup.procs"; exec "$@"'
+    done = subprocess.run(
+        ["bash", "-c", join, "bash", *command],
+        cwd=ROOT,
+        env=environment(tmp_path / "cache"),
+        capture_output=True,
+        text=True,
+    )
+    group.rmdir()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"  {count:,}  " in done.stderr  # the ledger's rows
+    assert len(list((tmp_path / "cache" / "open_r1").glob("*/key.json"))) == 4
