@@ -129,7 +129,7 @@ def add_packing(closed: Entry, packs: Dataset, batch: int, pack_length: int, str
     total["packing_efficiency"] = round(total["tokens"] / (len(packs) * pack_length), 4)
     padded = strategy == "wrapped"
     lengths = pc.list_value_length(packs.data.column("input_ids")).to_numpy() if padded else None
-    total["padding_share_packed"] = round(padding_share(lengths, batch), 4) if padded else 0.0
+    total["packed_padding_share"] = round(padding_share(lengths, batch), 4) if padded else 0.0
 
 
 def padding_share(lengths: np.ndarray, batch: int, seed: int = 0) -> float:
@@ -164,7 +164,7 @@ def show(ledger: Entry) -> None:
     packing = ""
     if "packs" in total:
         packing = f"; packed, {total['packs']:,} rows are {total['packing_efficiency']:.1%} full, and padding is "
-        packing += f"{total['padding_share_packed']:.1%}"
+        packing += f"{total['packed_padding_share']:.1%}"
     padding = f"{total['padding_share']:.1%} of a batch of {total['batch']}"
     logger.info("%s: padding is %s%s", ledger["part"], padding, packing)
     for entry in ledger["sources"]:
