@@ -78,7 +78,9 @@ def load(name: str) -> Template:
 
 def ours(template: Template, messages: Messages, kwargs: dict[str, Any]) -> list[tuple[str, bool]]:
     """What we supervise, turn by turn, and whether that turn became a row of its own."""
-    rows, counts = conversation_rows(messages, template, on_rewritten="expand", empty_reasoning="mask", **kwargs)
+    places = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    how = {"on_rewritten": "expand", "empty_reasoning": "mask"}
+    rows, counts = conversation_rows(messages, template, turns=places, **how, **kwargs)
     alone = counts["expanded"]
     found = [(text, span, n < alone) for n, (text, spans) in enumerate(rows) for span in spans]
     found.sort(key=lambda said: said[1][0])  # a later turn has more text before it

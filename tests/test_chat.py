@@ -151,7 +151,9 @@ class TestTokens:
 
 
 def said(tokenizer, messages=TURNS, on_rewritten="error"):
-    rows, _ = conversation_rows(messages, probe_template(tokenizer), on_rewritten=on_rewritten, empty_reasoning="mask")
+    turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    how = {"on_rewritten": on_rewritten, "empty_reasoning": "mask"}
+    rows, _ = conversation_rows(messages, probe_template(tokenizer), turns=turns, **how)
     return [text[start:end] for text, spans in rows for start, end in spans]
 
 

@@ -11,7 +11,7 @@ from conftest import write_jsonl
 from datasets import Dataset, DatasetDict
 
 from open_r1.configs import ScriptArguments
-from open_r1.data import load_sources, load_table
+from open_r1.data import load_sources, load_table, places_of
 from open_r1.errors import UserError
 from open_r1.formats import row_function
 
@@ -148,7 +148,7 @@ def test_text_field_can_be_named():
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (["question", "answer"], "s: no known format in its columns question, answer; known are messages"),
+        (["ask", "say"], r"s: no known format in its columns ask, say; known are messages.*mapping: \{prompt: ask"),
         (["messages", "text"], r"s: its columns messages, text hold several formats \(messages; text\); say which"),
         (["messages", "image"], "s: column image holds images"),
     ],
@@ -156,6 +156,106 @@ def test_text_field_can_be_named():
 def test_columns_that_say_nothing_or_too_much(columns, message):
     with pytest.raises(UserError, match=message):
         row_function(columns, "s")
+
+
+SAID = {"messages": CHAT}
+MAPPED = {
+    "alpaca": ({"instruction": "q", "input": "", "output": "a"}, None, SAID),
+    "alpaca with input": (
+        {"instruction": "q", "input": "more", "output": "a", "text": None},
+        {"prompt": "instruction", "query": "input", "response": "output"},
+        {"messages": [{"role": "user", "content": "q\nmore"}, CHAT[1]]},
+    ),
+    "with a system prompt and history": (
+        {"instruction": "q", "input": None, "output": "a", "system": "s", "history": [["q0", "a0"]]},
+        None,
+        {
+            "messages": [
+                {"role": "system", "content": "s"},
+                {"role": "user", "content": "q0"},
+                {"role": "assistant", "content": "a0"},
+                *CHAT,
+            ]
+        },
+    ),
+    "problem and solution": ({"problem": "q", "solution": "a", "level": 3}, None, SAID),
+    "question and answer": ({"question": "q", "answer": "a"}, None, SAID),
+    "nested": (
+        {"meta": {"ask": ["x", "q"]}, "answers": [{"text": "a"}]},
+        {"prompt": "meta.ask.1", "response": "answers.0.text"},
+        SAID,
+    ),
+    "other names": (
+        {"frage": "q", "antwort": "a"},
+        {"prompt": "frage", "completion": "antwort"},
+        {"prompt": "q", "completion": "a"},
+    ),
+    "messages elsewhere": (
+        {"talk": {"turns": CHAT}, "rules": "s", "t": '[{"a": 1}]'},
+        {"messages": "talk.turns", "system": "rules", "tools": "t"},
+        {"messages": [{"role": "system", "content": "s"}, *CHAT], "tools": [{"a": 1}]},
+    ),
+    "text elsewhere": ({"body": "t", "text": "other"}, {"text": "body"}, {"text": "t"}),
+    "a turn that is not trained": (
+        {"messages": [CHAT[0], {**CHAT[1], "train": False}, CHAT[0], {**CHAT[1], "weight": 1}]},
+        None,
+        {"messages": CHAT * 2, "untrained": [1]},
+    ),
+    "a turn of no weight": ({"messages": [CHAT[0], {**CHAT[1], "weight": 0}]}, None, {**SAID, "untrained": [1]}),
+}
+
+
+@pytest.mark.parametrize(("raw", "mapping", "expected"), MAPPED.values(), ids=MAPPED)
+def test_flat_tables_become_conversations(raw, mapping, expected):
+    assert row_function(list(raw), "s", mapping=mapping)(raw) == expected
+
+
+def test_the_shape_that_was_recognised_is_logged(caplog):
+    caplog.set_level("INFO", "open_r1")
+    row_function(["instruction", "input", "output"], "mine")
+    assert (
+        "mine: read as instruction data: mapping: {prompt: instruction, response: output, query: input}" in caplog.text
+    )
+
+
+def test_a_table_that_could_be_two_things_is_shown_what_to_write():
+    with pytest.raises(UserError) as caught:
+        row_function(["question", "answer", "problem", "solution"], "s")
+    assert "hold several formats (question+answer; problem+solution)" in str(caught.value)
+    assert "mapping: {prompt: question, response: answer}" in str(caught.value)
+    with pytest.raises(UserError, match=r"its mapping names ask; its columns are question, answer"):
+        row_function(["question", "answer"], "s", mapping={"prompt": "ask", "response": "answer"})
+
+
+def test_data_files_samples_and_names(tmp_path):
+    for name, rows in (("1.json", ROWS[:3]), ("2.json", ROWS[3:])):
+        (tmp_path / name).write_text(json.dumps(rows))
+    files = [str(tmp_path / "1.json"), str(tmp_path / "2.js*")]
+    for values in ({"dataset_data_files": files}, {"dataset_name": "json", "dataset_data_files": files}):
+        (source,), _ = load_sources(ScriptArguments(**values, dataset_max_samples=5))
+        assert contents(source.rows) == [f"a{n}" for n in range(5)]
+    with pytest.raises(UserError, match="3.json: no such file"):
+        load_sources(ScriptArguments(dataset_data_files=[*files, str(tmp_path / "3.json")]))
+    with pytest.raises(UserError, match="revision .*'abc'.* belongs to a hub dataset"):
+        load_sources(ScriptArguments(dataset_name=files[0], dataset_revision="abc"))
+
+
+def test_a_hub_dataset_is_pinned_by_its_revision(monkeypatch):
+    asked = {}
+    table = Dataset.from_list(ROWS)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **named: asked.update(named, args=args) or table)
+    load_sources(ScriptArguments(dataset_name="some/data", dataset_revision="abc", dataset_data_files=["x.parquet"]))
+    assert (asked["args"], asked["revision"], asked["data_files"]) == (("some/data", None), "abc", ["x.parquet"])
+
+
+def test_rows_are_found_in_their_files(tmp_path):
+    (tmp_path / "1.jsonl").write_text("\n".join(["", json.dumps(ROWS[0]), "", json.dumps(ROWS[1])]) + "\n")
+    (tmp_path / "2.jsonl.gz").write_bytes(gzip.compress(LINES))
+    (source,), _ = load_sources(
+        ScriptArguments(dataset_data_files=[str(tmp_path / "1.jsonl"), str(tmp_path / "2.jsonl.gz")])
+    )
+    places = [place.rpartition(", ")[2].rpartition("/")[2] for place in places_of(source, [0, 1, 2, 5])]
+    assert places == ["1.jsonl:2", "1.jsonl:4", "2.jsonl.gz:1", "2.jsonl.gz:4"]
 
 
 BAD = {
@@ -166,13 +266,31 @@ BAD = {
     "no role": ({"messages": [{"content": "x"}]}, "message 0 has no role"),
     "null content": ({"messages": [*CHAT, {"role": "user", "content": None}]}, r"message 2 \(user\) has no content"),
     "image parts": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content in parts"),
-    "null text": ({"text": None}, "text must be a text; found None"),
+    "null text": ({"text": None}, "text must be a text with something in it; found None"),
     "null completion": ({"prompt": "p", "completion": None}, "prompt and completion are both text or both messages"),
     "empty completion": ({"prompt": "p", "completion": ""}, "completion is empty"),
     "tools that are no JSON": ({"messages": CHAT, "tools": "[{"}, "tools is not valid JSON"),
     "a template in the data": ({"messages": CHAT, "chat_template_kwargs": {"template": "x"}}, "must hold arguments"),
     "ids as text": ({"input_ids": ["a", "b"]}, "of one length; input_ids is"),
     "labels of another length": ({"input_ids": [1, 2], "labels": [1]}, "of one length; labels is"),
+    "an unknown role": ({"messages": [{"role": "narrator", "content": "x"}]}, "has the role 'narrator'; known are"),
+    "a role that is a number": ({"messages": [{"role": 3, "content": "x"}]}, "message 0 has no role"),
+    "an empty answer": ({"messages": [CHAT[0], {"role": "assistant", "content": " "}]}, r"1 \(assistant\) is empty"),
+    "an empty question": ({"messages": [{"role": "user", "content": ""}, CHAT[1]]}, r"message 0 \(user\) is empty"),
+    "two answers in a row": ({"messages": [*CHAT, CHAT[1]]}, "messages 1 and 2 are both the assistant's"),
+    "a tool nobody called": (
+        {"messages": [CHAT[0], {"role": "tool", "content": "1"}]},
+        "message before it calls none",
+    ),
+    "a late system message": ({"messages": [*CHAT, {"role": "system", "content": "x"}]}, "it stands first"),
+    "calls that are none": ({"messages": [CHAT[0], {**CHAT[1], "tool_calls": "f()"}]}, "no list of calls"),
+    "NUL": (
+        {"messages": [CHAT[0], {"role": "assistant", "content": "a\0b"}]},
+        "control character NUL at 1; found 'a.x00b'",
+    ),
+    "half a character": ({"text": "a\ud83d"}, "text holds half a character at 1"),
+    "train that is no yes or no": ({"messages": [CHAT[0], {**CHAT[1], "train": "no"}]}, "train is true or false"),
+    "half a weight": ({"messages": [CHAT[0], {**CHAT[1], "weight": 0.5}]}, "weight 0 or 1"),
 }
 
 
@@ -195,19 +313,23 @@ def mixture(*sources, **more):
     ("kwargs", "message"),
     [
         ({}, "neither"),
-        ({"dataset_name": "a", "dataset_mixture": {"datasets": [{"id": "a"}]}}, "both"),
+        (
+            {"dataset_name": "a", "dataset_mixture": {"datasets": [{"id": "a"}]}},
+            "found dataset_mixture and dataset_name",
+        ),
+        ({"dataset_columns": ["text"]}, "dataset_columns say nothing without dataset_name"),
+        (
+            {"dataset_name": "a", "dataset_mapping": {"prompt": "q"}},
+            "a column mapping names messages, or .* found prompt",
+        ),
         ({"dataset_mixture": {"datasets": []}}, "datasets is empty"),
         ({"dataset_mixture": {"datasets": [{"id": "a", "weight": 0}]}}, "a: weight must be a number above 0, found 0"),
         ({"dataset_mixture": {"datasets": [{"id": "a", "weight": -1}]}}, "a: weight must be a number above 0"),
         ({"dataset_mixture": {"datasets": [{"id": "a", "weight": "x"}]}}, "a: weight must be a number above 0"),
         ({"dataset_mixture": {"datasets": [{"id": ""}]}}, "a source needs an id"),
         (
-            {
-                "dataset_mixture": {
-                    "datasets": [{"id": "a", "columns": ["messages"]}, {"id": "b", "columns": ["text"]}]
-                }
-            },
-            "b keeps columns",
+            {"dataset_mixture": {"datasets": [{"id": "a", "mapping": {}}]}},
+            "a: a column mapping names .* found nothing",
         ),
     ],
 )
@@ -216,10 +338,16 @@ def test_script_arguments_refuse_what_cannot_be_meant(kwargs, message):
         ScriptArguments(**kwargs)
 
 
-def test_sources_of_different_formats_are_refused_by_name(tmp_path, chat_file):
+def test_sources_of_different_formats_stand_side_by_side(tmp_path, chat_file):
     text = write_jsonl(tmp_path / "text.jsonl", [{"text": "t"}])
-    with pytest.raises(UserError, match=r"text\.jsonl:train: its columns text cannot be brought together"):
-        load_sources(mixture({"id": chat_file}, {"id": text}))
+    sources, _ = load_sources(mixture({"id": chat_file}, {"id": text, "name": "plain"}, {"id": text}, {"id": text}))
+    assert [source.name.rpartition("/")[2] for source in sources] == [
+        "chat.jsonl:train",
+        "plain",
+        "text.jsonl:train #1",
+        "text.jsonl:train #2",
+    ]
+    assert [set(source.to_row(source.rows[0])) for source in sources] == [{"messages"}, *[{"text"}] * 3]
 
 
 def test_a_column_that_is_not_there(chat_file):

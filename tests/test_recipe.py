@@ -169,7 +169,8 @@ def test_a_mistake_is_named_with_its_line(recipe, line, message):
 MIXTURE = {
     "dataset_mixture: [a]": "dataset_mixture is object or null; found ['a']",
     "dataset_mixture: {seed: 1}": "r.yaml:2: dataset_mixture lacks datasets",
-    "dataset_mixture: {datasets: [{config: x}]}": "datasets.0 lacks id",
+    "dataset_mixture: {datasets: [{id: a, mapping: {promt: q}}]}": "datasets.0.mapping.promt is not a setting",
+    "dataset_mixture: {datasets: [{id: a}]}\ndataset_data_files: [b]": "each source of dataset_mixture has its own",
     "dataset_mixture: {datasets: [{id: a, weight: -1}]}": "datasets.0.weight must be above 0; found -1",
     "dataset_mixture: {datasets: [{id: a, weight: 0}]}": "datasets.0.weight must be above 0; found 0",
     "dataset_mixture: {datasets: [{id: a, weight: much}]}": "datasets.0.weight is number; found 'much'",

@@ -16,7 +16,7 @@ from open_r1.chat import settle_stop_token
 from open_r1.configs import SFTConfig
 from open_r1.encoding import spelling_of
 from open_r1.errors import BadRow, UserError
-from open_r1.formats import from_messages
+from open_r1.formats import without_nulls
 from open_r1.supervision import CLOSE, OPEN, probe_template
 from open_r1.tokenization import Supervision, encode_batch
 
@@ -103,7 +103,7 @@ def load(tiny_model):
 
 
 def encode(row, tokenizer, offsets=False):
-    using = {"to_row": from_messages, "tokenizer": tokenizer, "template": probe_template(tokenizer), "how": HOW}
+    using = {"to_row": without_nulls, "tokenizer": tokenizer, "template": probe_template(tokenizer), "how": HOW}
     spelling = None if offsets else spelling_of(tokenizer)
     assert offsets or spelling is not None
     return encode_batch(Dataset.from_list([row])[:], [0], spelling=spelling, **using).to_pylist()

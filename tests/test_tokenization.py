@@ -155,7 +155,7 @@ def test_a_bad_row_is_named(encode, rows, num_proc, tmp_path, tiny_model):
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     arguments = SFTConfig(output_dir="unused", use_cpu=True, dataset_num_proc=num_proc)
     tokenizer = get_tokenizer(ModelConfig(model_name_or_path=tiny_model), arguments)
-    with pytest.raises(UserError, match=r"rows\.jsonl:train: row 1 \(counting from 0\): "):
+    with pytest.raises(UserError, match=r"rows\.jsonl:train: row 1 \(counting from 0\), .*rows\.jsonl:2: "):
         prepare(ScriptArguments(dataset_name=path), arguments, tokenizer)
 
 

@@ -11,17 +11,82 @@ from typing import Any
 
 import trl
 
+# The keys of a dataset alone; in a mixture each source says them itself.
+ALONE = ("dataset_name", "dataset_data_files", "dataset_revision", "dataset_columns", "dataset_mapping")
+ALONE += ("dataset_max_samples",)
+
+
+@dataclass
+class ColumnMapping:
+    """Which columns of a table are what, for tables of a shape that is not known by name.
+
+    A path reaches into nested columns: `meta.question`, `answers.0.text`. Raises `ValueError` when the columns named
+    do not make a conversation, a prompt with its completion, or a text.
+    """
+
+    messages: str | None = field(default=None, metadata={"help": "A list of messages (role/content or from/value)."})
+    prompt: str | None = field(default=None, metadata={"help": "What the user asks; a conversation with response."})
+    query: str | None = field(
+        default=None, metadata={"help": "More of what the user asks (Alpaca's input), on a new line behind prompt."}
+    )
+    response: str | None = field(default=None, metadata={"help": "What the assistant answers."})
+    system: str | None = field(default=None, metadata={"help": "The system message, where it is not empty."})
+    history: str | None = field(
+        default=None, metadata={"help": "Earlier turns: a list of [question, answer] pairs, or of messages."}
+    )
+    completion: str | None = field(
+        default=None, metadata={"help": "What follows prompt as plain text, without a chat template."}
+    )
+    text: str | None = field(default=None, metadata={"help": "Plain text, learnt in full."})
+    tools: str | None = field(default=None, metadata={"help": "Tool schemas for the chat template."})
+    chat_template_kwargs: str | None = field(default=None, metadata={"help": "Arguments for the chat template."})
+
+    def __post_init__(self) -> None:
+        said = {name for name, column in vars(self).items() if column is not None}
+        extra = {"tools", "chat_template_kwargs"}
+        for needed, also in (
+            ({"messages"}, {"system", *extra}),
+            ({"prompt", "response"}, {"query", "system", "history", *extra}),
+            ({"prompt", "completion"}, extra),
+            ({"text"}, set()),
+        ):
+            if needed <= said <= needed | also:
+                return
+        raise ValueError(
+            f"a column mapping names messages, or prompt and response (and query, system, history), or prompt and "
+            f"completion, or text; found {', '.join(sorted(said)) or 'nothing'}"
+        )
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Column or path of each part that is named."""
+        return {name: column for name, column in vars(self).items() if column is not None}
+
 
 @dataclass
 class DatasetConfig:
-    """One source of a mixture. Raises `ValueError` naming the source when a value cannot be meant."""
+    """One source. Raises `ValueError` naming the source when a value cannot be meant."""
 
-    id: str = field(metadata={"help": "Hub id, local directory, file or glob (.jsonl .json .parquet .csv)."})
+    id: str | None = field(
+        default=None, metadata={"help": "Hub id, local directory, file or glob (.jsonl .json .parquet .csv)."}
+    )
     config: str | None = field(default=None, metadata={"help": "Configuration name of a hub dataset."})
     split: str = field(default="train", metadata={"help": "Split to train on; slices such as train[:10%] work."})
     test_split: str | None = field(default=None, metadata={"help": "Split of this source to evaluate on."})
+    data_files: list[str] | None = field(
+        default=None, metadata={"help": "Files of a hub dataset or directory (globs); without id, local files."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of a hub dataset."})
+    name: str | None = field(default=None, metadata={"help": "What messages and the ledger call this source."})
     columns: list[str] | None = field(
         default=None, metadata={"help": "Columns to keep; say which when a table holds several formats."}
+    )
+    mapping: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Which columns are what, for a table of another shape.", "nested": ColumnMapping},
+    )
+    max_samples: int | None = field(
+        default=None, metadata={"help": "Only the first rows of the source, so many of them.", "above": 0}
     )
     weight: float = field(
         default=1.0,
@@ -33,11 +98,19 @@ class DatasetConfig:
     )
 
     def __post_init__(self) -> None:
-        if not isinstance(self.id, str) or not self.id:
-            raise ValueError(f"dataset_mixture: a source needs an id (hub id, directory or file), found {self.id!r}")
+        if not (isinstance(self.id, str) and self.id) and not self.data_files:
+            raise ValueError(
+                "dataset_mixture: a source needs an id (hub id, directory or file) or data_files, found "
+                f"id {self.id!r} and data_files {self.data_files!r}"
+            )
         number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
         if not number or not 0 < self.weight < float("inf"):
             raise ValueError(f"{self.id}: weight must be a number above 0, found {self.weight!r}")
+        if isinstance(self.mapping, dict):
+            try:
+                self.mapping = ColumnMapping(**self.mapping)
+            except ValueError as error:
+                raise ValueError(f"{self.id or self.data_files}: {error}") from None
 
 
 @dataclass
@@ -54,13 +127,6 @@ class DatasetMixtureConfig:
         if not self.datasets:
             raise ValueError("dataset_mixture: datasets is empty; name at least one source")
         self.datasets = [DatasetConfig(**source) if isinstance(source, dict) else source for source in self.datasets]
-        first = self.datasets[0]
-        for source in self.datasets:
-            if set(source.columns or []) != set(first.columns or []):
-                raise ValueError(
-                    f"dataset_mixture: {source.id} keeps columns {source.columns} and {first.id} keeps "
-                    f"{first.columns}; sources of one mixture keep the same columns"
-                )
 
 
 @dataclass
@@ -73,6 +139,25 @@ class ScriptArguments(trl.ScriptArguments):
             "help": "Hub id, local directory, file or glob (.jsonl .json .parquet .csv, also compressed), or a "
             "directory written by save_to_disk."
         },
+    )
+    dataset_data_files: list[str] | None = field(
+        default=None, metadata={"help": "Files of dataset_name (globs); without dataset_name, local files."}
+    )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Commit, tag or branch of dataset_name on the hub."}
+    )
+    dataset_columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns of dataset_name to keep, when it holds several formats."}
+    )
+    dataset_mapping: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Which columns of dataset_name (and eval_dataset_name) are what, for a table of another shape.",
+            "nested": ColumnMapping,
+        },
+    )
+    dataset_max_samples: int | None = field(
+        default=None, metadata={"help": "Only the first rows of dataset_name, so many of them.", "above": 0}
     )
     dataset_mixture: dict[str, Any] | None = field(
         default=None,
@@ -89,9 +174,33 @@ class ScriptArguments(trl.ScriptArguments):
     def __post_init__(self) -> None:
         if isinstance(self.dataset_mixture, dict):
             self.dataset_mixture = DatasetMixtureConfig(**self.dataset_mixture)
-        if (self.dataset_name is None) == (self.dataset_mixture is None):
-            found = "both" if self.dataset_name else "neither"
+        if isinstance(self.dataset_mapping, dict):
+            self.dataset_mapping = ColumnMapping(**self.dataset_mapping)
+        alone = {name: value for name, value in vars(self).items() if name in ALONE and value is not None}
+        if bool(alone) == (self.dataset_mixture is not None):
+            found = f"dataset_mixture and {', '.join(alone)}" if alone else "neither"
             raise ValueError(f"say what to train on with dataset_name or dataset_mixture; found {found}")
+        if alone and self.dataset_name is None and not self.dataset_data_files:
+            raise ValueError(f"{', '.join(alone)} say nothing without dataset_name")
+
+    @property
+    def sources(self) -> list[DatasetConfig]:
+        """What to train on: the sources of the mixture, or the one dataset."""
+        if self.dataset_mixture is not None:
+            return self.dataset_mixture.datasets
+        return [
+            DatasetConfig(
+                id=self.dataset_name,
+                config=self.dataset_config,
+                split=self.dataset_train_split,
+                test_split=self.dataset_test_split,
+                data_files=self.dataset_data_files,
+                revision=self.dataset_revision,
+                columns=self.dataset_columns,
+                mapping=self.dataset_mapping,
+                max_samples=self.dataset_max_samples,
+            )
+        ]
 
 
 @dataclass
@@ -135,9 +244,13 @@ class SFTConfig(trl.SFTConfig):
     on_bad_row: str = field(
         default="error",
         metadata={
-            "help": "A row that cannot be trained on is an error, or dropped and counted.",
+            "help": "A row that cannot be trained on is an error, or dropped, counted and kept in rejected.jsonl.",
             "choices": ["error", "drop"],
         },
+    )
+    max_bad_rows: float | None = field(
+        default=None,
+        metadata={"help": "Stop when more rows are bad than this: a share below 1, or a count.", "above": 0},
     )
     max_truncated_answers: float | None = field(
         default=None,

@@ -8,8 +8,9 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,13 @@ import pandas as pd
 from datasets import Dataset, DatasetDict, Features, Value
 
 from open_r1.cache import file_digest
+from open_r1.configs import DatasetConfig
 from open_r1.errors import UserError
 from open_r1.formats import Row, brief, row_function
 from open_r1.mixture import draw
 
 if TYPE_CHECKING:
-    from open_r1.configs import DatasetConfig, ScriptArguments
+    from open_r1.configs import ScriptArguments
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class Source:
     """A loaded source: raw `rows`, `to_row` into TRL's format, the `weight` it is mixed with.
 
     `contents` identifies what the rows hold: digests of the files, or the library's fingerprint of a hub dataset.
+    `files` are the local files that hold its rows in order, one row after the other; empty when that is not known.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Source:
     to_row: Callable[[Row], Row]
     weight: float = 1.0
     contents: Any = None
+    files: list[str] = field(default_factory=list)
 
 
 def load_sources(
@@ -54,31 +58,29 @@ def load_sources(
     Raises `UserError` for a file, split or format that is not there, and when evaluation is asked for without data.
     """
     mixture = args.dataset_mixture
-    if mixture is not None:
-        train = [load_source(source, source.split, text_field) for source in mixture.datasets]
-        require_same_format(train)
-        held_out = [load_source(s, s.test_split, text_field) for s in mixture.datasets if evaluate and s.test_split]
-        split_size = mixture.test_split_size
-    else:
-        train = [load_named(args.dataset_name, args.dataset_config, args.dataset_train_split, text_field)]
-        held_out, split_size = [], args.test_split_size
+    train = [load_source(source, source.split, text_field) for source in args.sources]
+    tell_apart(train)
     if not evaluate:
         return train, []
-    if (args.eval_dataset_name is not None or held_out) and split_size is not None:
+    split_size = args.test_split_size if mixture is None else mixture.test_split_size
+    splits = [source for source in args.sources if source.test_split] if mixture is not None else []
+    if (args.eval_dataset_name is not None or splits) and split_size is not None:
         raise UserError(
             "evaluation data is given twice: by test_split_size, and by eval_dataset_name or test_split; keep one"
         )
     if args.eval_dataset_name is not None:
-        return train, [load_named(args.eval_dataset_name, None, "train", text_field, fallback=args.dataset_test_split)]
-    if held_out or split_size is not None:
-        return train, held_out
+        named = DatasetConfig(id=args.eval_dataset_name, mapping=args.dataset_mapping, columns=args.dataset_columns)
+        return train, [load_either(named, ("train", args.dataset_test_split), text_field)]
+    if splits or split_size is not None:
+        return train, [load_source(replace(each, max_samples=None), each.test_split, text_field) for each in splits]
     if mixture is not None:
         raise UserError(
             "evaluation is asked for, but the mixture has no evaluation data: set dataset_mixture.test_split_size, "
             "test_split of a source, or eval_dataset_name; or set eval_strategy: 'no' and do_eval: false"
         )
     try:
-        return train, [load_named(args.dataset_name, args.dataset_config, args.dataset_test_split, text_field)]
+        alone = replace(args.sources[0], max_samples=None)
+        return train, [load_source(alone, args.dataset_test_split, text_field)]
     except UserError as error:
         raise UserError(
             f"evaluation is asked for: {error}; set dataset_test_split, test_split_size or eval_dataset_name, "
@@ -86,39 +88,45 @@ def load_sources(
         ) from error
 
 
-def load_source(source: "DatasetConfig", split: str, text_field: str) -> Source:
-    """One source of a mixture, reduced to its `columns`."""
-    rows = load_table(source.id, source.config, split)
-    name = source_name(source.id, source.config, split)
+def load_source(source: DatasetConfig, split: str, text_field: str = "text") -> Source:
+    """One source, reduced to its `columns` and `max_samples`. Raises `UserError`."""
+    rows = load_table(source.id, source.config, split, source.data_files, source.revision)
+    name = source.name or source_name(source.id or source.data_files[0], source.config, split)
     if source.columns is not None:
         if missing := [column for column in source.columns if column not in rows.column_names]:
             raise UserError(f"{name}: no column {', '.join(missing)}; its columns are {', '.join(rows.column_names)}")
         rows = rows.select_columns(source.columns)
-    to_row = row_function(rows.column_names, name, text_field)
-    return Source(name, rows, to_row, source.weight, contents_of(source.id, split, rows))
+    mapping = source.mapping and source.mapping.columns
+    to_row = row_function(rows.column_names, name, text_field, mapping)
+    if source.max_samples is not None:
+        rows = rows.select(range(min(source.max_samples, len(rows))))
+    files = local_files(source.id, source.data_files)
+    contents = [split, *map(file_digest, files)] if files else rows._fingerprint
+    return Source(name, rows, to_row, source.weight, contents, files if split == "train" else [])
 
 
-def load_named(name: str, config: str | None, split: str, text_field: str, fallback: str | None = None) -> Source:
-    """A dataset given by name alone; `fallback` is a second split to look for."""
+def load_either(source: DatasetConfig, splits: tuple[str, str], text_field: str) -> Source:
+    """A source under the first of two splits that it has."""
     try:
-        rows = load_table(name, config, split)
+        return load_source(source, splits[0], text_field)
     except UserError:
-        if fallback is None:
-            raise
-        rows = load_table(name, config, split := fallback)
-    title = source_name(name, config, split)
-    to_row = row_function(rows.column_names, title, text_field)
-    return Source(title, rows, to_row, contents=contents_of(name, split, rows))
+        return load_source(source, splits[1], text_field)
 
 
-def contents_of(name: str, split: str, rows: Dataset) -> Any:
-    """What identifies the contents of a source, wherever it lies: for files their digests, in order."""
-    files = local_files(name)
-    return [split, *map(file_digest, files)] if files else rows._fingerprint
+def tell_apart(sources: list[Source]) -> None:
+    """Number sources of one name, so that the ledger knows them apart."""
+    names = Counter(source.name for source in sources)
+    seen: Counter = Counter()
+    for source in sources:
+        if names[source.name] > 1:
+            seen[source.name] += 1
+            source.name += f" #{seen[source.name]}"
 
 
-def local_files(name: str) -> list[str]:
-    """The files that a name or glob stands for, sorted; none when it is no file."""
+def local_files(name: str | None, data_files: list[str] | None = None) -> list[str]:
+    """The files that a name or glob, or without a name `data_files`, stand for; none when it is no file."""
+    if name is None or name in set(LOADERS.values()):  # tutorials say `dataset_name: json` beside data_files
+        return [file for pattern in data_files or () for file in local_files(pattern) or [pattern]]
     name = os.path.expanduser(name)
     if glob.has_magic(name):
         return sorted(glob.glob(name, recursive=True))
@@ -130,26 +138,58 @@ def source_name(name: str, config: str | None, split: str) -> str:
     return f"{name}{'/' + config if config else ''}:{split}"
 
 
-def load_table(name: str, config: str | None, split: str) -> Dataset:
-    """Load one split of a hub dataset, a directory, a file or glob, or a `save_to_disk` directory, uncopied.
+def places_of(source: Source, rows: list[int]) -> list[str]:
+    """Where rows (increasing) stand, for messages: their numbers and, in JSON lines, `file:line`."""
+    places = [f"{source.name}: row {row} (counting from 0)" for row in rows]
+    lines = data_lines(source.files)
+    at, line = -1, ""
+    for number, row in enumerate(rows):
+        while at < row and (line := next(lines, "")):
+            at += 1
+        places[number] += f", {line}" if line else ""
+    return places
+
+
+def data_lines(files: list[str]) -> Iterator[str]:
+    """`file:line` of every line of JSON lines that holds something; nothing more once a file is of another kind."""
+    for file in files:
+        if file_kind(file) not in (".jsonl", ".ndjson"):
+            return
+        with fsspec.open(file, "rb", compression="infer") as stream:
+            yield from (f"{file}:{number}" for number, line in enumerate(stream, 1) if line.strip())
+
+
+def load_table(
+    name: str | None,
+    config: str | None,
+    split: str,
+    data_files: list[str] | None = None,
+    revision: str | None = None,
+) -> Dataset:
+    """Load one split of a hub dataset, a directory, files or globs, or a `save_to_disk` directory, uncopied.
 
     Raises `UserError` when nothing is there, it cannot be read, or it holds no rows.
     """
-    files, name = local_files(name), os.path.expanduser(name)
+    files = local_files(name, data_files)
+    name = os.path.expanduser(name) if name else files[0]
     title = source_name(name, config, split)
+    if files and (config or revision):
+        raise UserError(f"{name}: a dataset_config or revision ({config or revision!r}) belongs to a hub dataset")
+    if missing := [file for file in files if not os.path.isfile(file)]:
+        raise UserError(f"{missing[0]}: no such file (relative paths start at {os.getcwd()})")
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error it raises
     try:
-        if config is not None and (files or os.path.isdir(name) and is_saved(Path(name))):
-            raise UserError(f"{name}: dataset_config {config!r} belongs to a hub dataset; a file has none")
         if files:
             loader = loader_of(files)
             options = as_written(files) if loader == "csv" else {}
             table = datasets.load_dataset(loader, data_files={"train": files}, split=split, **options)
         elif os.path.isdir(name) and is_saved(Path(name)):
+            if config or revision or data_files:
+                raise UserError(f"{name}: what save_to_disk wrote has no config, revision or data_files; remove them")
             table = saved_split(name, split)
         elif os.path.isdir(name) or not looks_local(name):
-            table = datasets.load_dataset(name, config, split=split)
+            table = datasets.load_dataset(name, config, split=split, data_files=data_files, revision=revision)
         else:
             raise UserError(f"{name}: no such file or directory (relative paths start at {os.getcwd()})")
     except UserError:
@@ -246,17 +286,6 @@ def broken_line(file: str) -> str:
     except (OSError, EOFError) as error:
         return f"{file}: cannot be read: {error}"
     return ""
-
-
-def require_same_format(sources: list[Source]) -> None:
-    """Sources of a mixture hold rows of one format; raises `UserError` naming the one that differs."""
-    first = sources[0]
-    for source in sources[1:]:
-        if repr(source.to_row) != repr(first.to_row) and source.to_row is not first.to_row:
-            raise UserError(
-                f"{source.name}: its columns {', '.join(source.rows.column_names)} cannot be brought together with "
-                f"those of {first.name} ({', '.join(first.rows.column_names)}); convert one to the format of the other"
-            )
 
 
 def get_dataset(args: "ScriptArguments") -> DatasetDict:

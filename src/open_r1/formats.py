@@ -1,63 +1,128 @@
 """Row formats: a raw row -> a row in one of TRL's formats (`messages`, `prompt`+`completion`, `text`, `input_ids`).
 
-A format is one function and one entry in `FORMATS`. Each raises `ValueError` with what it found and what a row
-should hold.
+A format is one function and one entry in `FORMATS`; a flat shape of instruction data is one entry in `SHAPES`. Each
+function raises `ValueError` with the field, what it found and what a row should hold. Conversations are checked turn
+by turn, so that what reaches the chat template is one.
 """
 
 import json
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from open_r1.errors import UserError
 
+logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 RESERVED = {"messages", "conversations", "tools", "template", "chat_template", "add_generation_prompt"}
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+ROLES |= {"observation": "tool", "ipython": "tool", "function": "tool"}
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def from_messages(row: Row, column: str = "messages") -> Row:
-    """Conversation under `role`/`content` or ShareGPT's `from`/`value`; tools and template arguments pass through."""
-    messages = [message_of(message, index) for index, message in enumerate(list_of(row[column], column))]
-    system = row.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    return {"messages": messages, **for_template(row)}
+def from_messages(row: Row, column: str = "messages", system: str = "system", **others: str) -> Row:
+    """Conversation under `role`/`content` or ShareGPT's `from`/`value`; tools and template arguments pass through.
+
+    A message with `train: false` or `weight: 0` is context only: its number is in `untrained`.
+    """
+    messages = [message_of(message, index) for index, message in enumerate(list_of(value_at(row, column), column))]
+    said = value_at(row, system)
+    if isinstance(said, str) and said and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": said}, *messages]
+    untrained = [index for index, message in enumerate(messages) if "train" in message and not message.pop("train")]
+    check_turns(messages)
+    made = {"messages": messages, **for_template(row, **others)}
+    return {**made, "untrained": untrained} if untrained else made
 
 
-def from_prompt_completion(row: Row) -> Row:
+def from_columns(
+    row: Row,
+    prompt: str,
+    response: str,
+    query: str | None = None,
+    system: str | None = None,
+    history: str | None = None,
+    **others: str,
+) -> Row:
+    """Instruction data in flat columns (or paths into nested ones) as a conversation.
+
+    `query` stands on a new line behind `prompt`; `history` holds [question, answer] pairs or messages. Empty and null
+    `query`, `system` and `history` count as absent.
+    """
+    asked, said = text_at(row, prompt), text_at(row, response)
+    more = value_at(row, query) if query else None
+    if more not in (None, ""):
+        asked += "\n" + text_at(row, query)
+    messages = earlier_turns(value_at(row, history), history) if history else []
+    first = value_at(row, system) if system else None
+    if first not in (None, "") and not (messages and messages[0]["role"] == "system"):
+        messages.insert(0, {"role": "system", "content": text_at(row, system)})
+    messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    check_turns(messages)
+    return {"messages": messages, **for_template(row, **others)}
+
+
+def earlier_turns(value: Any, column: str) -> list[Row]:
+    """History as messages: from pairs or messages, or either as JSON."""
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{column} is text that is not valid JSON: {error}") from None
+    if not value:
+        return []
+    if not isinstance(value, list):
+        raise ValueError(f"{column} must be a list of [question, answer] pairs or of messages; found {brief(value)}")
+    messages: list[Row] = []
+    for number, item in enumerate(value):
+        if isinstance(item, dict):
+            messages.append(message_of(item, number))
+        elif isinstance(item, list) and len(item) == 2 and all(isinstance(text, str) for text in item):
+            messages += [{"role": "user", "content": item[0]}, {"role": "assistant", "content": item[1]}]
+        else:
+            raise ValueError(f"{column} {number} must be a [question, answer] pair; found {brief(item)}")
+    return messages
+
+
+def from_prompt_completion(row: Row, prompt: str = "prompt", completion: str = "completion", **others: str) -> Row:
     """`prompt` and `completion`, both text or both messages."""
-    prompt, completion = row["prompt"], row["completion"]
-    if completion in ("", []):
-        raise ValueError("completion is empty, so there is nothing to learn")
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return {"prompt": prompt, "completion": completion}
-    if not isinstance(prompt, list) or not isinstance(completion, list):
+    asked, said = value_at(row, prompt), value_at(row, completion)
+    if said in ("", []):
+        raise ValueError(f"{completion} is empty, so there is nothing to learn")
+    if isinstance(asked, str) and isinstance(said, str):
+        return {"prompt": clean(asked, prompt), "completion": clean(said, completion)}
+    if not isinstance(asked, list) or not isinstance(said, list):
         raise ValueError(
-            f"prompt and completion are both text or both messages; found {brief(prompt)} and {brief(completion)}"
+            f"{prompt} and {completion} are both text or both messages; found {brief(asked)} and {brief(said)}"
         )
-    return {
-        "prompt": [message_of(message, index) for index, message in enumerate(list_of(prompt, "prompt"))],
-        "completion": [message_of(message, index) for index, message in enumerate(list_of(completion, "completion"))],
-        **for_template(row),
-    }
+    before = [message_of(message, index) for index, message in enumerate(list_of(asked, prompt))]
+    after = [message_of(message, index) for index, message in enumerate(list_of(said, completion), len(before))]
+    untrained = [n for n, message in enumerate([*before, *after]) if "train" in message and not message.pop("train")]
+    check_turns([*before, *after])
+    made = {"prompt": before, "completion": after, **for_template(row, **others)}
+    return {**made, "untrained": untrained} if untrained else made
 
 
-def for_template(row: Row) -> Row:
+def for_template(row: Row, tools: str = "tools", chat_template_kwargs: str = "chat_template_kwargs") -> Row:
     """What a row says to the chat template beside messages. Raises `ValueError` when it is of no use there."""
-    kept = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
+    kept = {}
+    if schemas := value_at(row, tools):
+        kept["tools"] = schemas
+    if arguments := value_at(row, chat_template_kwargs):
+        kept["chat_template_kwargs"] = arguments
     if not kept:
         return kept
     if isinstance(kept.get("tools"), str):
         try:
             kept["tools"] = json.loads(kept["tools"])
         except ValueError as error:
-            raise ValueError(f"tools is not valid JSON: {error}") from None
+            raise ValueError(f"{tools} is not valid JSON: {error}") from None
     if not isinstance(kept.get("tools", []), list):
-        raise ValueError(f"tools must be a list of schemas; found {brief(kept['tools'])}")
+        raise ValueError(f"{tools} must be a list of schemas; found {brief(kept['tools'])}")
     given = kept.get("chat_template_kwargs", {})
     if not isinstance(given, dict) or RESERVED & given.keys():
-        raise ValueError(f"chat_template_kwargs must hold arguments of the template, not {brief(given)}")
+        raise ValueError(f"{chat_template_kwargs} must hold arguments of the template, not {brief(given)}")
     return {key: without_nulls(value) for key, value in kept.items()}
 
 
@@ -70,9 +135,7 @@ def without_nulls(value: Any) -> Any:
 
 def from_text(row: Row, column: str = "text") -> Row:
     """Plain text, trained on in full."""
-    if not isinstance(row[column], str) or not row[column]:
-        raise ValueError(f"{column} must be a text; found {brief(row[column])}")
-    return {"text": row[column]}
+    return {"text": text_at(row, column)}
 
 
 def from_tokens(row: Row) -> Row:
@@ -102,23 +165,104 @@ FORMATS: dict[tuple[str, ...], Callable[[Row], Row]] = {
     ("text",): from_text,
     ("input_ids",): from_tokens,
 }
+# Flat shapes of instruction data by the columns that ask and answer, and what else belongs to them when it is there.
+SHAPES: dict[tuple[str, str], dict[str, str]] = {
+    ("instruction", "output"): {"query": "input", "system": "system", "history": "history"},
+    ("instruction", "response"): {"query": "context", "system": "system"},
+    ("prompt", "response"): {"query": "query", "system": "system", "history": "history"},
+    ("query", "response"): {"system": "system", "history": "history"},
+    ("question", "answer"): {"system": "system"},
+    ("question", "response"): {"system": "system_prompt"},
+    ("problem", "solution"): {},
+}
 
 
-def row_function(columns: list[str], name: str, text_field: str = "text") -> Callable[[Row], Row]:
-    """The format that a table's columns say it has. Raises `UserError` when that is none or several."""
+def row_function(
+    columns: list[str], name: str, text_field: str = "text", mapping: dict[str, str] | None = None
+) -> Callable[[Row], Row]:
+    """The function for rows of a table: as `mapping` says, or as the table's columns tell.
+
+    Raises `UserError` when a column that the mapping names is missing, and when columns tell nothing or too much.
+    """
+    if mapping:
+        if missing := {path for path in mapping.values() if path not in columns and path.split(".")[0] not in columns}:
+            raise UserError(
+                f"{name}: its mapping names {', '.join(sorted(missing))}; its columns are {', '.join(columns)}"
+            )
+        return mapped(mapping)
     if images := {"image", "images", "pixel_values"} & set(columns):
         raise UserError(f"{name}: column {', '.join(images)} holds images; only text models are trained here")
     formats = {**FORMATS, (text_field,): partial(from_text, column=text_field)}
     found = [needed for needed in formats if set(needed) <= set(columns)]
+    shapes = [shape for shape in SHAPES if set(shape) <= set(columns)]
     if len(found) == 1:
         return formats[found[0]]
-    known = "; ".join("+".join(needed) for needed in formats)
-    if not found:
-        raise UserError(f"{name}: no known format in its columns {', '.join(columns)}; known are {known}")
+    if not found and len(shapes) == 1:
+        asks, answers = shapes[0]
+        also = {part: column for part, column in SHAPES[shapes[0]].items() if column in columns}
+        mapping = {"prompt": asks, "response": answers, **also}
+        logger.info("%s: read as instruction data: %s", name, as_yaml(mapping))
+        return mapped(mapping)
+    known = "; ".join("+".join(needed) for needed in [*formats, *SHAPES])
+    if not found and not shapes:
+        raise UserError(
+            f"{name}: no known format in its columns {', '.join(columns)}; known are {known}; for another one say "
+            f"which columns ask and answer: mapping: {{prompt: {columns[0]}, response: {columns[-1]}}}"
+        )
+    several = found or shapes
+    asks, answers = shapes[0] if shapes else (several[0][0], several[-1][-1])
     raise UserError(
-        f"{name}: its columns {', '.join(columns)} hold several formats ({'; '.join('+'.join(f) for f in found)}); "
-        "say which with columns, in a dataset_mixture of this one source"
+        f"{name}: its columns {', '.join(columns)} hold several formats ({'; '.join('+'.join(f) for f in several)}); "
+        f"say which, with columns: [{', '.join(several[0])}] or mapping: {{prompt: {asks}, response: {answers}}} "
+        "(of a source in dataset_mixture; dataset_columns and dataset_mapping for one dataset alone)"
     )
+
+
+def mapped(mapping: dict[str, str]) -> Callable[[Row], Row]:
+    """The function for rows whose columns a `ColumnMapping` names."""
+    if "messages" in mapping:
+        return partial(from_messages, **{("column" if k == "messages" else k): v for k, v in mapping.items()})
+    if "text" in mapping:
+        return partial(from_text, column=mapping["text"])
+    return partial(from_prompt_completion if "completion" in mapping else from_columns, **mapping)
+
+
+def as_yaml(mapping: dict[str, str]) -> str:
+    """A mapping as one would write it in a recipe."""
+    return "mapping: {" + ", ".join(f"{part}: {column}" for part, column in mapping.items()) + "}"
+
+
+def value_at(row: Row, path: str) -> Any:
+    """The value of a column, or of a path into it (`meta.question`, `answers.0.text`); None where there is none."""
+    if path in row or "." not in path:
+        return row.get(path)
+    value: Any = row
+    for step in path.split("."):
+        if isinstance(value, list) and step.isdigit():
+            value = value[int(step)] if int(step) < len(value) else None
+        else:
+            value = value.get(step) if isinstance(value, dict) else None
+    return value
+
+
+def text_at(row: Row, path: str) -> str:
+    """A text with something in it. Raises `ValueError`."""
+    value = value_at(row, path)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{path} must be a text with something in it; found {brief(value)}")
+    return clean(value, path)
+
+
+def clean(text: str, what: str) -> str:
+    """`text` when it is one. Raises `ValueError` where it holds NUL or half a character, which no text does."""
+    if "\0" in text:
+        raise ValueError(f"{what} holds the control character NUL at {text.index(chr(0))}; found {brief(text)}")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{what} holds half a character at {error.start}; found {brief(text)}") from None
+    return text
 
 
 def list_of(value: Any, what: str) -> list[Any]:
@@ -129,7 +273,10 @@ def list_of(value: Any, what: str) -> list[Any]:
 
 
 def message_of(message: Any, index: int) -> Row:
-    """A message under `role` and `content`, absent fields left out. Raises `ValueError` when either is missing."""
+    """A message under `role` and `content`, absent fields left out; `train` is there where it says something.
+
+    Raises `ValueError` when role or content is missing or of no known kind.
+    """
     if not isinstance(message, dict):
         raise ValueError(f"message {index} must hold role and content; found {brief(message)}")
     said = {
@@ -141,20 +288,52 @@ def message_of(message: Any, index: int) -> Row:
         said["role"] = said.pop("from")
     if "value" in said and "content" not in said:
         said["content"] = said.pop("value")
-    if not isinstance(said.get("role"), str):
+    role = said.get("role")
+    if not isinstance(role, str):
         raise ValueError(f"message {index} has no role; found {brief(message)}")
-    said["role"] = ROLES.get(said["role"], said["role"])
+    said["role"] = role = ROLES.get(role, role)
+    if role not in KNOWN_ROLES:
+        raise ValueError(f"message {index} has the role {brief(role)}; known are {', '.join(KNOWN_ROLES)}")
     content = said.get("content")
     if isinstance(content, list):
         raise ValueError(
             f"message {index} has content in parts (images?); only text is trained here: {brief(content)}"
         )
-    if not isinstance(content, str) and not said.get("tool_calls"):
-        raise ValueError(f"message {index} ({said['role']}) has no content; found {brief(content)}")
-    return said
+    calls = said.get("tool_calls")
+    if not isinstance(content, str) and not (content is None and calls):
+        raise ValueError(f"message {index} ({role}) has no content; found {brief(content)}")
+    if content is not None:
+        clean(content, f"message {index} ({role})")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise ValueError(f"message {index} ({role}) has tool_calls that are no list of calls: {brief(calls)}")
+    weight = said.pop("weight", None)
+    train = said.pop("train", None if weight is None else bool(weight))
+    if train is not None and (not isinstance(train, bool) or weight not in (None, 0, 1)):
+        raise ValueError(f"message {index}: train is true or false, weight 0 or 1; found {brief(message)}")
+    return said if train is None else {**said, "train": train}
 
 
-def brief(value: Any) -> str:
-    """A value short enough for a message."""
+def check_turns(messages: list[Row]) -> None:
+    """Raise `ValueError` when messages are no conversation: turns that are empty, or in an order that cannot be."""
+    before = ""
+    for index, message in enumerate(messages):
+        role, content = message["role"], message.get("content") or ""
+        if role in ("system", "developer") and index and before not in ("system", "developer"):
+            raise ValueError(f"message {index} is a {role} message behind a {before} message; it stands first")
+        if role == "assistant" and before == "assistant":
+            raise ValueError(
+                f"messages {index - 1} and {index} are both the assistant's; join them, or put in what was asked"
+            )
+        called = before == "tool" or (before == "assistant" and bool(messages[index - 1].get("tool_calls")))
+        if role == "tool" and not called:
+            raise ValueError(f"message {index} is a tool's answer, but the message before it calls none")
+        spoken = role == "user" or (role == "assistant" and not message.get("tool_calls"))
+        if spoken and not content.strip() and not message.get("reasoning_content") and not message.get("thinking"):
+            raise ValueError(f"message {index} ({role}) is empty; found {brief(content)}")
+        before = role
+
+
+def brief(value: Any, length: int = 80) -> str:
+    """A value short enough for a message, with control characters escaped."""
     text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= length else text[: length - 3] + "..."

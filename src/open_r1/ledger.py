@@ -14,6 +14,7 @@ from open_r1.errors import UserError
 
 logger = logging.getLogger(__name__)
 Entry = dict[str, Any]
+BAD_ROW = "bad row: "  # how the reason for dropping a row begins where the row is at fault
 LENGTHS = ("p50", "p90", "p99", "max")
 # The columns of the two tables on screen.
 ROWS_SHOWN = {
@@ -48,7 +49,7 @@ def entry_of(name: str, source_rows: int, drawn: np.ndarray, columns: dict[str, 
     kept = np.equal(columns["dropped"], None)
     dropped: Counter = Counter()
     for reason, count in zip(columns["dropped"][~kept & (times > 0)], times[~kept & (times > 0)], strict=True):
-        dropped[reason] += int(count)
+        dropped[brief_reason(reason)] += int(count)
     extra = int(times.sum() - drawn.sum())
     sums = {column: int((columns[column] * times).sum()) for column in SUMMED}
     lengths = np.repeat(columns["tokens"][kept], times[kept])
@@ -67,6 +68,11 @@ def entry_of(name: str, source_rows: int, drawn: np.ndarray, columns: dict[str, 
         "epochs": round(float(drawn.sum() / source_rows), 4),
         "lengths": lengths_of(lengths),
     }
+
+
+def brief_reason(reason: str) -> str:
+    """Why a row was dropped, short enough to count by: without what was found and how to mend it."""
+    return reason.partition(";")[0][:80]
 
 
 def growth(rows: np.ndarray, tokens: np.ndarray, times: np.ndarray) -> int:
@@ -148,6 +154,24 @@ def require_answers(ledger: Entry, limit: float | None) -> None:
         raise UserError(
             f"{total['lost_end']} of {answers} answers ({share:.1%}) lose their end to max_length, more than "
             f"max_truncated_answers {limit:.1%}; raise max_length, or set on_long_row: drop"
+        )
+
+
+def require_good_rows(ledgers: list[Entry], limit: float | None) -> None:
+    """Raise `UserError` when more rows are bad than `limit`: a share below 1 of the rows in, or a count."""
+    entries = [entry for ledger in ledgers for entry in ledger["sources"]]
+    rows = sum(entry["rows_in"] for entry in entries)
+    bad = [
+        (count, f"{entry['source']}: {count} rows: {reason}")
+        for entry in entries
+        for reason, count in entry["dropped"].items()
+        if reason.startswith(BAD_ROW)
+    ]
+    found = sum(count for count, _ in bad)
+    if limit is not None and found > (limit * rows if limit < 1 else limit):
+        listed = "\n  ".join(line for _, line in sorted(bad, reverse=True)[:10])
+        raise UserError(
+            f"{found} of {rows} rows are bad, more than max_bad_rows {limit:g}; mend them, or raise it\n  {listed}"
         )
 
 

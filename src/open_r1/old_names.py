@@ -21,6 +21,15 @@ RENAMED = {
     "train_data_path": "dataset_name",
     "eval_data_path": "eval_dataset_name",
     "dataset_mixer": "dataset_mixture",
+    "file_name": "dataset_data_files",
+}
+# ROLL's names for the columns of a flat table, and the part of dataset_mapping that each is.
+COLUMN_KEYS = {
+    "prompt_key": "prompt",
+    "query_key": "query",
+    "response_key": "response",
+    "system_key": "system",
+    "history_key": "history",
 }
 # Names that are gone, and what became of what they asked for.
 GONE = {
@@ -43,8 +52,20 @@ OLD_DATASET_KWARGS = {"add_special_tokens", "append_concat_token"}
 def modernise(values: dict[str, Any], places: dict[str, str], notes: list[str], problems: list[str]) -> dict[str, Any]:
     """Read old names as today's, with one note each. Where both are said, that is an error."""
     new: dict[str, Any] = {}
+    mapping = {part: values[key] for key, part in COLUMN_KEYS.items() if values.get(key) is not None}
+    if mapping and "dataset_mapping" in values:
+        said = next(key for key in COLUMN_KEYS if key in values)
+        problems.append(f"{places.get(said, CLI)}: {said} is part of dataset_mapping, which is said too; keep that")
     for key, value in values.items():
         where = places.get(key, CLI)
+        if key in COLUMN_KEYS:
+            if mapping and "dataset_mapping" not in values:
+                places.setdefault("dataset_mapping", where)
+                notes.append(f"{where}: {key} is now called dataset_mapping.{COLUMN_KEYS[key]}; read as such")
+                new["dataset_mapping"] = mapping
+            continue
+        if key == "train_data_path" and isinstance(value, list):
+            key = "file_name"
         today = RENAMED.get(key, key)
         if key in GONE:
             notes.append(f"{where}: {key} no longer exists; {GONE[key]}")

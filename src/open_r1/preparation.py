@@ -5,10 +5,12 @@ collective meanwhile.
 """
 
 import hashlib
+import json
+import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +22,17 @@ from trl import pack_dataset
 
 from open_r1 import ledger
 from open_r1.cache import prepared_table, root
-from open_r1.data import Source, load_sources
+from open_r1.data import Source, load_sources, places_of
 from open_r1.errors import UserError
+from open_r1.formats import brief
 from open_r1.mixture import draw, numbered
 from open_r1.tokenization import Supervision, counts_of, tokenize_source
 
 if TYPE_CHECKING:
     from open_r1.configs import ScriptArguments, SFTConfig
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,13 +41,15 @@ class Part:
 
     `rows` are for the trainer: `input_ids`, `labels`, `source` (a number, its name is in `sources`) and `row` (counted
     from 0 in that source's table). Packed, `source` and `row` are lists with a value for each document of the pack,
-    and there are `seq_lengths`. `unpacked` are the same before packing. `ledger` says how they came about.
+    and there are `seq_lengths`. `unpacked` are the same before packing. `ledger` says how they came about, `rejected`
+    names the rows that were dropped: `part`, `source`, `row`, `place` and `reason`, with an `excerpt` of bad ones.
     """
 
     rows: Dataset
     unpacked: Dataset
     sources: list[str]
     ledger: ledger.Entry
+    rejected: list[dict[str, Any]]
 
 
 @dataclass
@@ -81,6 +89,7 @@ def prepare(
             prepared.eval = assemble("eval", sources, needed, order, tokenizer, args, packing)
     for part in prepared.parts.values():
         ledger.show(part.ledger)
+    ledger.require_good_rows([part.ledger for part in prepared.parts.values()], args.max_bad_rows)
     ledger.require_answers(prepared.train.ledger, args.max_truncated_answers)
     return prepared
 
@@ -109,7 +118,7 @@ def assemble(
     how = Supervision.of(args, packing)
     numbers = order.with_format("numpy")
     drawn_from, drawn_rows = numbers["source"][:], numbers["row"][:]
-    tables, entries, lengths, trained, start = [], [], [], [], 0
+    tables, entries, lengths, trained, rejected, start = [], [], [], [], [], 0
     first, last = np.zeros(len(order), dtype=np.int64), np.zeros(len(order), dtype=np.int64)
     for number, source in enumerate(sources):
         table = tokenize_source(source, needed[number], tokenizer, how, args.dataset_num_proc)
@@ -122,6 +131,7 @@ def assemble(
         entries.append(
             ledger.entry_of(source.name, len(source.rows), drawn, counts, splits=how.on_long_row == "split")
         )
+        rejected += rejections(part, source, needed[number], drawn, counts)
         tables.append(with_ids(table, number, needed[number][counts["row"]]))
         lengths.append(counts["tokens"])
         trained.append(np.equal(counts["dropped"], None))
@@ -140,7 +150,30 @@ def assemble(
     closed = ledger.close(part, entries, np.concatenate(lengths)[places], batch)
     if packing:
         ledger.add_packing(closed, rows, batch, args.max_length, args.packing_strategy)
-    return Part(rows, unpacked, names, closed)
+    return Part(rows, unpacked, names, closed, rejected)
+
+
+def rejections(
+    part: str, source: Source, rows: np.ndarray, drawn: np.ndarray, counts: dict[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    """What was dropped of the `rows` of a source that are drawn, and why."""
+    dropped = np.flatnonzero(~np.equal(counts["dropped"], None) & (drawn[counts["row"]] > 0))
+    numbers = rows[counts["row"][dropped]].tolist()
+    found = []
+    for row, place, reason in zip(numbers, places_of(source, numbers), counts["dropped"][dropped], strict=True):
+        excerpt = {"excerpt": brief(source.rows[row], 400)} if reason.startswith(ledger.BAD_ROW) else {}
+        found.append({"part": part, "source": source.name, "row": row, "place": place, "reason": reason, **excerpt})
+    return found
+
+
+def write_rejected(output_dir: str, prepared: Prepared) -> None:
+    """Write `rejected.jsonl`, a line for each row that was dropped; removed when there is none."""
+    lines = [json.dumps(row) + "\n" for part in prepared.parts.values() for row in part.rejected]
+    path = Path(output_dir) / "rejected.jsonl"
+    path.unlink(missing_ok=True)
+    if lines:
+        path.write_text("".join(lines), encoding="utf-8")
+        logger.warning("%d rows were dropped: %s says which and why", len(lines), path)
 
 
 def with_ids(table: Dataset, source: int, rows: np.ndarray) -> Dataset:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import yaml
 
 from open_r1.errors import UserError
-from open_r1.old_names import CLI, GONE, RENAMED, modernise
+from open_r1.old_names import CLI, COLUMN_KEYS, GONE, RENAMED, modernise
 
 SCHEMA: dict[str, Any] = json.loads((Path(__file__).parent / "schema.json").read_text())
 
@@ -82,7 +82,7 @@ def parse_command_line(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
         said += [] if default is None else [f"default: {default}"]
         help_text = f"{spec.get('description', '')} {'(' + '; '.join(said) + ')' if said else ''}".replace("%", "%%")
         groups[spec["x-config"]].add_argument(f"--{key}", metavar=kind(spec), help=help_text, **many, **flag)
-    for key in {**RENAMED, **GONE}:
+    for key in {**RENAMED, **COLUMN_KEYS, **GONE}:
         parser.add_argument(f"--{key}", help=argparse.SUPPRESS, nargs="?", const="true")
     given = vars(parser.parse_args(argv))
     return given.pop("config", None), given
@@ -244,7 +244,12 @@ def contradictions(recipe: Recipe) -> list[str]:
         found.append(
             f"{origin['dataset_mixture']}: dataset_name ({origin['dataset_name']}) is set too; keep one of them"
         )
-    if not name and not mixture:
+    files = values.get("dataset_data_files")
+    if files and mixture:
+        found.append(
+            f"{origin['dataset_data_files']}: each source of dataset_mixture has its own data_files; move them"
+        )
+    if not name and not mixture and not files:
         found.append("no dataset: set dataset_name (hub id, directory or file) or dataset_mixture")
     if not values.get("model_name_or_path"):
         found.append("no model: set model_name_or_path (hub id or directory)")

@@ -34,9 +34,8 @@ def restore(trainer: SFTTrainer, checkpoint: str) -> None:
 
 def after_saving(trainer: SFTTrainer, script_args: "ScriptArguments", evaluate: bool) -> bool:
     """Evaluate, write the card, push: none can lose the model any more. Returns whether one of them failed."""
-    mixture = script_args.dataset_mixture
     about = {
-        "dataset_name": [source.id for source in mixture.datasets] if mixture else script_args.dataset_name,
+        "dataset_name": [source.id or source.data_files for source in script_args.sources],
         "tags": ["open-r1"],
     }
 

@@ -58,7 +58,7 @@ def run(recipe: Recipe) -> int:
     from open_r1.callbacks import get_callbacks, ready_branch
     from open_r1.chat import get_tokenizer
     from open_r1.model import adapter_config, check_model, get_model
-    from open_r1.preparation import prepare
+    from open_r1.preparation import prepare, write_rejected
     from open_r1.report import after_saving, end, restore, summarize, train
     from open_r1.trainer import tell_libraries, trainer_arguments
 
@@ -78,6 +78,7 @@ def run(recipe: Recipe) -> int:
         ready_branch(training_args, resuming=checkpoint is not None)
         record(output_dir, "running", 0, settings)
         ledger.write(output_dir, {name: part.ledger for name, part in prepared.parts.items()})
+        write_rejected(output_dir, prepared)
     trained = at_last_step(checkpoint)
     model = get_model(model_args, training_args, tokenizer, weights=checkpoint if trained else None)
     trainer = SFTTrainer(

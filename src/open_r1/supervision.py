@@ -160,7 +160,7 @@ def conversation_rows(
     messages: Messages,
     template: Template,
     *,
-    first: int = 0,
+    turns: list[int],
     plain: bool = False,
     on_rewritten: str,
     empty_reasoning: str,
@@ -168,22 +168,20 @@ def conversation_rows(
 ) -> tuple[list[Rendering], dict[str, int]]:
     """The rows to train on for one conversation, and counts of what was done to get them.
 
-    Turns before message `first` are context only; `plain` says that messages `is_plain` and hold no control tokens.
-    `on_rewritten` is `expand`, `mask` or `error`; `empty_reasoning` is `mask` or `supervise`; `kwargs` are the row's
-    tools and template arguments. Raises `ValueError` when what the model must say cannot be told.
+    `turns` are the numbers of the assistant's messages to learn; `plain` says that messages `is_plain` and hold no
+    control tokens. `on_rewritten` is `expand`, `mask` or `error`; `empty_reasoning` is `mask` or `supervise`; `kwargs`
+    are the row's tools and template arguments. Raises `ValueError` when what the model must say cannot be told.
     """
     whole = template.render(messages, **kwargs)
     if plain and template.prompt is not None:
         spans = spans_at_a_glance(messages, whole, template.prompt, template.stop)
         if spans is not None:
-            before = sum(message["role"] == "assistant" for message in messages[:first])
-            return [(whole, spans[before:])], {}
+            said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+            return [(whole, [span for index, span in zip(said, spans, strict=True) if index in turns])], {}
     counts: Counter = Counter()
     spans: list[tuple[int, int]] = []
     rows: list[Rendering] = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant" or index < first:
-            continue
+    for index in turns:
         turn = turn_at_inference(messages, index, whole, template, counts, kwargs)
         skipped = turn.skipped if empty_reasoning == "mask" else 0
         text, start = turn.prompt + turn.response, len(turn.prompt)

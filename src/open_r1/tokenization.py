@@ -16,10 +16,11 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from open_r1.cache import Key, digest, prepared_table
-from open_r1.data import Source
+from open_r1.data import Source, places_of
 from open_r1.encoding import IGNORED, Piece, Spelling, encode_apart, encode_pieces, ranges_of, spelling_of
 from open_r1.errors import BadRow, UserError
 from open_r1.formats import Row
+from open_r1.ledger import BAD_ROW
 from open_r1.supervision import (
     CLOSE,
     OPEN,
@@ -34,7 +35,7 @@ from open_r1.supervision import (
 if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
 
-VERSION = 5  # part of the cache key: raise it whenever this package would tokenise a row differently
+VERSION = 6  # part of the cache key: raise it whenever this package would tokenise a row differently
 COUNTS = ("tokens", "supervised", "cut", "answers", "lost_end", "masked_turns", "control_tokens", "stop_added")
 FEATURES = Features(
     {
@@ -111,7 +112,7 @@ def tokenize_source(
     try:
         return prepared_table(table_key(source, rows, tokenizer, how), write)
     except BadRow as bad:
-        raise UserError(f"{source.name}: row {rows[bad.row]} (counting from 0): {bad.problem}") from None
+        raise UserError(f"{places_of(source, [int(rows[bad.row])])[0]}: {bad.problem}") from None
 
 
 def write_table(chosen: Dataset, encode: Callable[..., pa.Table], size: int, num_proc: int | None, path: str) -> None:
@@ -201,7 +202,7 @@ def encode_batch(
             problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             if how.on_bad_row == "error":
                 raise BadRow(index, problem) from error
-            pieces.append(Piece(index, dropped=f"bad row: {problem.partition(';')[0][:60]}"))
+            pieces.append(Piece(index, dropped=f"{BAD_ROW}{problem}"))
     encode_pieces([piece for piece in pieces if piece.spans is not None], tokenizer, spelling)
     return table_of([cut for piece in pieces for cut in fit_length(piece, how)])
 
@@ -226,9 +227,16 @@ def row_pieces(
         return [Piece(index, {}, text, [(start, len(text))], add_bos=True)]
     messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
     given = 0 if "messages" in row or not how.completion_only else len(row["prompt"])
+    untrained = row.get("untrained", [])
     if how.system_prompt is not None and messages[0]["role"] != "system":
         messages, given = [{"role": "system", "content": how.system_prompt}, *messages], given and given + 1
-    renderings, counts = render_conversation(messages, given, template_kwargs(row), template, how)
+        untrained = [index + 1 for index in untrained]
+    turns = [
+        index
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant" and index >= given and index not in untrained
+    ]
+    renderings, counts = render_conversation(messages, given, turns, template_kwargs(row), template, how)
     if not renderings:
         return [Piece(index, counts, dropped="every turn is rewritten by the template")]
     return [Piece(index, {} if number else counts, *rendering) for number, rendering in enumerate(renderings)]
@@ -240,9 +248,12 @@ def template_kwargs(row: Row) -> dict[str, Any]:
 
 
 def render_conversation(
-    messages: list[Row], given: int, kwargs: dict[str, Any], template: Template, how: Supervision
+    messages: list[Row], given: int, turns: list[int], kwargs: dict[str, Any], template: Template, how: Supervision
 ) -> tuple[list[Rendering], dict[str, int]]:
-    """Texts and spans of a conversation whose first `given` messages are prompt. Control tokens in it are marked."""
+    """Texts and spans of a conversation: of its first `given` messages nothing is learnt, of the rest `turns`.
+
+    Control tokens in it are marked.
+    """
     plain = not kwargs and is_plain(messages)
     texts = "\n\n".join([message["content"] for message in messages] if plain else texts_in([messages, kwargs]))
     spelled = len(template.control.findall(texts))
@@ -253,21 +264,23 @@ def render_conversation(
         )
         plain = plain and not spelled
     counts: dict[str, int] = {}
+    everyone = sum(message["role"] == "assistant" for message in messages[given:])
+    if how.supervision in ("full", "template") and len(turns) < everyone:
+        raise ValueError(f"a message says train: false, which supervision: {how.supervision} cannot heed; remove it")
     if how.supervision == "full":
         text = template.render(messages, **kwargs)
         renderings = [(text, [(0, len(text))])]
-    elif not any(message["role"] == "assistant" for message in messages[given:]):
+    elif not turns:
         raise ValueError("no assistant turn to learn from; add one, or set supervision: full")
     elif how.supervision == "template":
         text, spans = template.render_with_markers(messages, **kwargs)
         asked = len(template.render(messages[:given], prompt=True, **kwargs)) if given else 0
         renderings = [(text, [span for span in spans if span[1] > asked])]
     else:
-        first = len(messages) - 1 if how.supervision == "last_turn" else given
         renderings, counts = conversation_rows(
             messages,
             template,
-            first=first,
+            turns=turns[-1:] if how.supervision == "last_turn" else turns,
             plain=plain,
             on_rewritten=how.on_rewritten_turn,
             empty_reasoning=how.empty_reasoning,
