@@ -92,11 +92,8 @@ def main(argv: list[str] | None = None) -> int:
 def look(recipe: Recipe, count: int) -> "tuple[list[View], list[Entry]]":
     """Prepare the recipe as sft.py does. Returns what to show of each training source, and the ledgers."""
     from open_r1.chat import get_tokenizer
-    from open_r1.data import load_sources
-    from open_r1.mixture import draw
-    from open_r1.preparation import prepare, rows_by_source
+    from open_r1.preparation import prepare
     from open_r1.sft import build_configs
-    from open_r1.tokenization import Supervision, counts_of, tokenize_source
     from open_r1.trainer import tell_libraries
 
     recipe.values.setdefault("output_dir", "data/sft")
@@ -105,24 +102,20 @@ def look(recipe: Recipe, count: int) -> "tuple[list[View], list[Entry]]":
     args.max_truncated_answers = None  # a recipe that is refused for what it cuts is one to look at
     tokenizer = get_tokenizer(model_args, args)
     prepared = prepare(script_args, args, tokenizer)
-    # The tables that these rows were chosen from: the calls of `prepare` once more, which find what it has written.
-    sources, _ = load_sources(script_args, args.dataset_text_field)
-    sizes, weights, names = zip(*((len(s.rows), s.weight, s.name) for s in sources), strict=True)
-    orders = draw(sizes, weights, script_args, names)
-    order, how = orders["train"].with_format("numpy"), Supervision.of(args, args.packing)
-    drawn_from, drawn_rows = order["source"][:], order["row"][:]
+    train = prepared.train
+    of, numbers = (train.unpacked.with_format("numpy")[name][:] for name in ("source", "row"))
     views = []
-    for number, rows in enumerate(rows_by_source(list(orders.values()), len(sources))):
-        table = tokenize_source(sources[number], rows, tokenizer, how, args.dataset_num_proc)
-        counts = counts_of(table)
-        made_of, tokens, cut = counts["row"], counts["tokens"], counts["cut"]
-        drawn = np.searchsorted(rows, drawn_rows[drawn_from == number])
-        times = np.bincount(drawn, minlength=len(rows))[made_of]
-        kept = np.flatnonzero(np.equal(counts["dropped"], None) & (times > 0))
+    for number, table in enumerate(train.tables):
+        counts, rows, made_of = table.counts, table.rows, table.counts["row"]
+        drawn = np.bincount(np.searchsorted(rows, numbers[of == number]), minlength=len(rows))
+        kept = np.flatnonzero(table.trained & (drawn[made_of] > 0))
         several = np.bincount(made_of, minlength=1)[made_of[kept]] > 1
-        places = pick(kept, cut[kept] > 0, several, count)
-        samples = [sample_of(table, place, rows, tokenizer) for place in places]
-        views.append(View(visible(names[number]), samples, np.repeat(tokens[kept], times[kept])))
+        places = pick(kept, counts["cut"][kept] > 0, several, count)
+        samples = [sample_of(table.tokens, place, rows, tokenizer) for place in places]
+        times = drawn // np.maximum(1, np.bincount(made_of[kept], minlength=len(rows)))
+        views.append(
+            View(visible(table.source.name), samples, np.repeat(counts["tokens"][kept], times[made_of[kept]]))
+        )
     return views, [part.ledger for part in prepared.parts.values()]
 
 

@@ -3,13 +3,14 @@
 from collections import Counter
 
 import datasets
+import numpy as np
 import pytest
 from conftest import write_jsonl
 
 from open_r1.configs import ScriptArguments
 from open_r1.data import get_dataset
 from open_r1.errors import UserError
-from open_r1.mixture import draw, pairs
+from open_r1.mixture import columns_of, draw, in_proportion, split
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +48,9 @@ def test_same_rows_in_the_same_order_as_open_r1(files, weights, seed, test_split
     ours = get_dataset(mixture(files, weights, seed=seed, test_split_size=test_split_size))
     theirs = as_open_r1(list(zip(files, weights, strict=True)), seed, test_split_size)
     assert set(ours) == set(theirs)
-    for split in theirs:
-        assert ours[split]["text"] == theirs[split]["text"]
-        assert len(ours[split]) > 3
+    for part in theirs:
+        assert ours[part]["text"] == theirs[part]["text"]
+        assert len(ours[part]) > 3
 
 
 def test_a_weight_above_one_repeats_the_source_and_adds_the_fraction(files):
@@ -62,16 +63,98 @@ def test_a_weight_above_one_repeats_the_source_and_adds_the_fraction(files):
 @pytest.mark.parametrize(("weight", "rows"), [(2.3, 23), (4.1, 41), (1.1, 11), (0.3, 3)])
 def test_a_fractional_weight_loses_no_row_to_rounding(weight, rows):
     args = mixture(["x"], [weight])
-    assert len(draw([10], [weight], args, ["x"])["train"]) == rows
+    assert len(draw([10], args, ["x"])) == rows
+
+
+def pairs(order):
+    return list(zip(*(column.tolist() for column in columns_of(order)), strict=True))
+
+
+def halves_of(args, sizes, prompt_of=lambda source, row: (source, row)):
+    order = draw(sizes, args, "abc")
+    prompts = np.array([hash(prompt_of(*pair)) for pair in pairs(order)])
+    return split(order, prompts, args)
 
 
 def test_a_repeated_row_is_never_on_both_sides_of_a_split(files):
-    halves = draw([101, 37, 250], [3.0, 1.0, 1.0], mixture(files, (3.0, 1.0, 1.0), test_split_size=0.2), files)
+    sizes = [101, 37, 250]
+    halves = halves_of(mixture(files, (3.0, 1.0, 1.0), test_split_size=0.2), sizes)
     train, test = pairs(halves["train"]), pairs(halves["test"])
     assert len(test) > 20
     assert not set(train) & set(test)
     assert len(set(test)) == len(test)
-    assert set(train) | set(test) == {(s, row) for s, size in enumerate((101, 37, 250)) for row in range(size)}
+    assert set(train) | set(test) == {(s, row) for s, size in enumerate(sizes) for row in range(size)}
+
+
+@pytest.mark.parametrize("size", [0.1, 50])
+def test_many_answers_to_a_prompt_stay_on_one_side(files, size):
+    args = mixture(files, (1.0, 1.0, 1.0), test_split_size=size)
+    halves, again = (halves_of(args, [101, 37, 250], lambda source, row: row // 16) for _ in range(2))
+    train, test = pairs(halves["train"]), pairs(halves["test"])
+    assert not {row // 16 for _, row in train} & {row // 16 for _, row in test}
+    assert sorted(train + test) == [(s, row) for s, n in enumerate((101, 37, 250)) for row in range(n)]
+    assert abs(len(test) - (388 * size if size < 1 else size)) <= 24  # half of the largest group
+    assert (pairs(again["train"]), pairs(again["test"])) == (train, test)
+    other = halves_of(
+        mixture(files, (1.0, 1.0, 1.0), test_split_size=size, seed=1), [101, 37, 250], lambda _, row: row // 16
+    )
+    assert pairs(other["test"]) != test
+
+
+def test_one_prompt_alone_cannot_be_split(files):
+    with pytest.raises(UserError, match="all 388 rows ask the same"):
+        halves_of(mixture(files, (1.0, 1.0, 1.0), test_split_size=0.1), [101, 37, 250], lambda *_: 7)
+
+
+@pytest.mark.parametrize("stopping", ["first_exhausted", "all_exhausted"])
+@pytest.mark.parametrize("shares", [(0.5, 0.3, 0.2), (0.05, 0.05, 0.9), (0.9, 0.05, 0.05), (3, 1, 1)])
+def test_proportions_are_reached(files, stopping, shares):
+    args = mixture(files, (1.0, 1.0, 1.0), stopping_strategy=stopping)
+    for source, share in zip(args.dataset_mixture.datasets, shares, strict=True):
+        source.proportion = share
+    sizes = [300, 100, 700]
+    order = draw(sizes, args, "abc")
+    amounts = np.random.default_rng(0).integers(0, 50, len(order)).astype(float)
+    chosen = in_proportion(order.add_column("place", np.arange(len(order))), amounts, args.dataset_mixture, "abc")
+    of, _ = columns_of(chosen)
+    given = np.bincount(of, weights=amounts[chosen["place"][:]])
+    assert np.abs(given / given.sum() - np.array(shares) / sum(shares)).max() < 0.01
+    times = Counter(pairs(chosen))
+    for source, size in enumerate(sizes):
+        mine = [times[source, row] for row in range(size)]
+        if stopping == "first_exhausted":
+            assert max(mine) <= 1
+        else:
+            assert min(mine) >= 1 and max(mine) - min(mine) <= 1
+    if stopping == "first_exhausted":
+        assert any(sum(times[s, row] for row in range(size)) >= size - 3 for s, size in enumerate(sizes))
+
+
+def test_rows_start_over_in_a_new_order():
+    args = mixture("ab", (1.0, 1.0), stopping_strategy="all_exhausted")
+    for source in args.dataset_mixture.datasets:
+        source.proportion = 1
+    order = draw([40, 120], args, "ab")
+    chosen = pairs(in_proportion(order, np.ones(160), args.dataset_mixture, "ab"))
+    rounds = [[row for source, row in chosen if source == 0]]
+    assert Counter(rounds[0]) == dict.fromkeys(range(40), 3)
+    assert rounds[0][:40] != rounds[0][40:80]
+    args.dataset_mixture.seed = 1
+    assert pairs(in_proportion(order, np.ones(160), args.dataset_mixture, "ab")) != chosen
+
+
+def test_a_source_with_nothing_to_give_is_named():
+    args = mixture("ab", (1.0, 1.0))
+    for source in args.dataset_mixture.datasets:
+        source.proportion = 1
+    order = draw([4, 4], args, "ab")
+    with pytest.raises(UserError, match="b: nothing of it can be trained on"):
+        in_proportion(order, 1.0 - columns_of(order)[0], args.dataset_mixture, "ab")
+
+
+def test_proportions_are_said_of_all_sources_or_none():
+    with pytest.raises(ValueError, match="dataset_mixture: b has no proportion, others have"):
+        ScriptArguments(dataset_mixture={"datasets": [{"id": "a", "proportion": 1}, {"id": "b"}]})
 
 
 def test_a_weight_that_selects_no_row_names_the_source(files):

@@ -96,6 +96,14 @@ class DatasetConfig:
             "above": 0,
         },
     )
+    proportion: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the mixture that is to come from this source, of what weight and bad rows have left; "
+            "said of all sources or of none, and in any unit (3 and 1 are three quarters and one).",
+            "above": 0,
+        },
+    )
 
     def __post_init__(self) -> None:
         if not (isinstance(self.id, str) and self.id) and not self.data_files:
@@ -122,11 +130,31 @@ class DatasetMixtureConfig:
     test_split_size: float | None = field(
         default=None, metadata={"help": "Rows held out for evaluation: a share below 1, or a count.", "above": 0}
     )
+    proportion_unit: str = field(
+        default="supervised_tokens",
+        metadata={"help": "What proportions are of.", "choices": ["supervised_tokens", "rows"]},
+    )
+    stopping_strategy: str = field(
+        default="first_exhausted",
+        metadata={
+            "help": "With proportions, end when one source has given all it has (first_exhausted, no row is repeated) "
+            "or when all have (all_exhausted, the others start over in a new order).",
+            "choices": ["first_exhausted", "all_exhausted"],
+        },
+    )
 
     def __post_init__(self) -> None:
         if not self.datasets:
             raise ValueError("dataset_mixture: datasets is empty; name at least one source")
         self.datasets = [DatasetConfig(**source) if isinstance(source, dict) else source for source in self.datasets]
+        without = [source.id or source.data_files for source in self.datasets if source.proportion is None]
+        if 0 < len(without) < len(self.datasets):
+            raise ValueError(f"dataset_mixture: {without[0]} has no proportion, others have; say it of all or of none")
+
+    @property
+    def in_proportion(self) -> bool:
+        """Whether sources are mixed by proportion."""
+        return self.datasets[0].proportion is not None
 
 
 @dataclass
@@ -246,6 +274,12 @@ class SFTConfig(trl.SFTConfig):
         metadata={
             "help": "A row that cannot be trained on is an error, or dropped, counted and kept in rejected.jsonl.",
             "choices": ["error", "drop"],
+        },
+    )
+    dedup: bool = field(
+        default=False,
+        metadata={
+            "help": "Drop rows to train on that are exact duplicates of others, or ask what the evaluation data asks."
         },
     )
     max_bad_rows: float | None = field(

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import fsspec
+import numpy as np
 import pandas as pd
 from datasets import Dataset, DatasetDict, Features, Value
 
 from open_r1.cache import file_digest
 from open_r1.configs import DatasetConfig
 from open_r1.errors import UserError
-from open_r1.formats import Row, brief, row_function
-from open_r1.mixture import draw
+from open_r1.formats import Row, brief, prompt_id, row_function
+from open_r1.mixture import columns_of, draw, in_proportion, split
 
 if TYPE_CHECKING:
     from open_r1.configs import ScriptArguments
@@ -36,7 +37,7 @@ COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip"}
 
 @dataclass
 class Source:
-    """A loaded source: raw `rows`, `to_row` into TRL's format, the `weight` it is mixed with.
+    """A loaded source: raw `rows`, and `to_row` into TRL's format.
 
     `contents` identifies what the rows hold: digests of the files, or the library's fingerprint of a hub dataset.
     `files` are the local files that hold its rows in order, one row after the other; empty when that is not known.
@@ -45,7 +46,6 @@ class Source:
     name: str
     rows: Dataset
     to_row: Callable[[Row], Row]
-    weight: float = 1.0
     contents: Any = None
     files: list[str] = field(default_factory=list)
 
@@ -102,7 +102,7 @@ def load_source(source: DatasetConfig, split: str, text_field: str = "text") -> 
         rows = rows.select(range(min(source.max_samples, len(rows))))
     files = local_files(source.id, source.data_files)
     contents = [split, *map(file_digest, files)] if files else rows._fingerprint
-    return Source(name, rows, to_row, source.weight, contents, files if split == "train" else [])
+    return Source(name, rows, to_row, contents, files if split == "train" else [])
 
 
 def load_either(source: DatasetConfig, splits: tuple[str, str], text_field: str) -> Source:
@@ -288,15 +288,32 @@ def broken_line(file: str) -> str:
     return ""
 
 
+def prompts_of(sources: list[Source], order: Dataset) -> np.ndarray:
+    """What each row of an order asks, as `prompt_id` tells it; a row that cannot be read asks something of its own."""
+    of, rows = columns_of(order)
+    prompts = np.zeros(len(order), dtype=np.int64)
+    for number, source in enumerate(sources):
+        for place in np.flatnonzero(of == number).tolist():
+            try:
+                prompts[place] = prompt_id(source.to_row(source.rows[int(rows[place])]))
+            except ValueError:
+                prompts[place] = rows[place]
+    return prompts
+
+
 def get_dataset(args: "ScriptArguments") -> DatasetDict:
     """The raw rows of a recipe as Open-R1 hands them out: `train` and, where one is split off, `test`.
 
     Same rows in the same order as Open-R1 for weights up to 1 and the same seed.
     """
     train, _ = load_sources(args)
-    orders = draw(
-        [len(source.rows) for source in train], [source.weight for source in train], args, [s.name for s in train]
-    )
+    names, mixture = [source.name for source in train], args.dataset_mixture
+    order = draw([len(source.rows) for source in train], args, names)
+    if mixture is not None and mixture.in_proportion:
+        if mixture.proportion_unit != "rows":
+            raise UserError("proportions of supervised tokens need tokens; use open_r1.preparation.prepare instead")
+        order = in_proportion(order, np.ones(len(order)), mixture, names)
+    orders = split(order, prompts_of(train, order), args)
     try:
         together = datasets.concatenate_datasets([source.rows for source in train])
     except (ValueError, TypeError) as error:

@@ -37,6 +37,7 @@ class Piece:
     ranges: list[tuple[int, int]] | None = None
     labels: np.ndarray | None = None
     dropped: str | None = None
+    prompt: int = 0
 
 
 class Spelling(NamedTuple):

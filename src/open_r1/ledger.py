@@ -107,10 +107,18 @@ def require_closed(entry: Entry) -> None:
         raise RuntimeError(f"the ledger of {entry['source']} does not close: {before} rows before, {after} after")
 
 
-def close(part: str, entries: list[Entry], lengths: np.ndarray, batch: int) -> Entry:
+def close(
+    part: str,
+    entries: list[Entry],
+    lengths: np.ndarray,
+    batch: int,
+    proportions: list[float] | None = None,
+    unit: str = "",
+) -> Entry:
     """Close the ledger of `train` or `eval`: check its sums, add shares and padding. Returns it.
 
-    Args: `lengths` of the rows to train on, in tokens, before packing; `batch` rows on a device.
+    Args: `lengths` of the rows to train on, in tokens, before packing; `batch` rows on a device; `proportions` asked
+    of the sources and their `unit` (`rows`, else supervised tokens). Without them a source's rows in are asked.
     """
     for entry in entries:
         require_closed(entry)
@@ -118,7 +126,10 @@ def close(part: str, entries: list[Entry], lengths: np.ndarray, batch: int) -> E
     for entry in [*entries, total]:
         entry["supervised_share"] = round(entry["supervised"] / max(1, entry["tokens"]), 4)
         entry["requested_share"] = round(entry["rows_in"] / max(1, total["rows_in"]), 4)
-        entry["achieved_share"] = round(entry["supervised"] / max(1, total["supervised"]), 4)
+        given = "trained" if unit == "rows" else "supervised"
+        entry["achieved_share"] = round(entry[given] / max(1, total[given]), 4)
+    for entry, proportion in zip(entries, proportions or (), strict=proportions is not None):
+        entry["requested_share"] = round(proportion / sum(proportions), 4)
     total["lengths"] = lengths_of(lengths)
     total["batch"] = batch
     total["padding_share"] = round(padding_share(lengths, batch), 4)
@@ -191,6 +202,10 @@ def show(ledger: Entry) -> None:
         packing += f"{total['packed_padding_share']:.1%}"
     padding = f"{total['padding_share']:.1%} of a batch of {total['batch']}"
     logger.info("%s: padding is %s%s", ledger["part"], padding, packing)
+    if ledger.get("asked_in_eval"):
+        logger.warning(
+            "train: %d rows ask what the evaluation data asks; dedup: true drops them", ledger["asked_in_eval"]
+        )
     for entry in ledger["sources"]:
         for reason, count in entry["dropped"].items():
             logger.warning("%s %s: %d rows dropped: %s", ledger["part"], entry["source"], count, reason)

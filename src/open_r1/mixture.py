@@ -1,4 +1,4 @@
-"""Which rows of which source, in which order: drawn from weights and seed alone, before anything is tokenised."""
+"""Which rows of which source, in which order: drawn from weights, proportions and seed alone, alike on every rank."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -9,26 +9,25 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from open_r1.errors import UserError
 
 if TYPE_CHECKING:
-    from open_r1.configs import ScriptArguments
+    from open_r1.configs import DatasetMixtureConfig, ScriptArguments
 
 
-def draw(sizes: Sequence[int], weights: Sequence[float], args: "ScriptArguments", names: Sequence[str]) -> DatasetDict:
-    """Draw the mixture as tables of (`source`, `row`) numbers: `train` and, when a split size is set, `test`.
+def draw(sizes: Sequence[int], args: "ScriptArguments", names: Sequence[str]) -> Dataset:
+    """Draw the rows that weights ask for as a table of (`source`, `row`) numbers.
 
-    Args: `sizes[i]` and `weights[i]` are the rows and the weight of source i. Shuffle, selection, concatenation,
-    shuffle and split are those of Open-R1's `get_dataset`, done on row numbers, so weights up to 1 give its rows in
-    its order. Raises `UserError` when a weight selects no row of a source.
+    `sizes[i]` are the rows of source i. Shuffle, selection, concatenation and shuffle are those of Open-R1's
+    `get_dataset`, done on row numbers, so weights up to 1 give its rows in its order. Raises `UserError` when a weight
+    selects no row of a source.
     """
     mixture = args.dataset_mixture
     if mixture is None:
-        order = numbered(0, sizes[0])
-        return split(order, args.test_split_size, seed=0, repeated=False)
+        return numbered(0, sizes[0])
+    weights = [source.weight for source in mixture.datasets]
     parts = [
         take(numbered(source, size), weight, mixture.seed, name)
         for source, (size, weight, name) in enumerate(zip(sizes, weights, names, strict=True))
     ]
-    order = concatenate_datasets(parts).shuffle(seed=mixture.seed)
-    return split(order, mixture.test_split_size, mixture.seed, repeated=max(weights) > 1)
+    return concatenate_datasets(parts).shuffle(seed=mixture.seed)
 
 
 def numbered(source: int, size: int) -> Dataset:
@@ -46,24 +45,65 @@ def take(rows: Dataset, weight: float, seed: int, name: str) -> Dataset:
     return concatenate_datasets([shuffled] * wholes + [shuffled.select(range(part))])
 
 
-def split(order: Dataset, test_size: float | None, seed: int, repeated: bool) -> DatasetDict:
-    """Split off `test_size` rows (a share below 1, or a count). A row that is repeated is never on both sides."""
-    if test_size is None:
+def columns_of(order: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """`source` and `row` of every row of an order."""
+    numbers = order.with_format("numpy")[:]
+    return numbers["source"], numbers["row"]
+
+
+def in_proportion(
+    order: Dataset, amounts: np.ndarray, mixture: "DatasetMixtureConfig", names: Sequence[str]
+) -> Dataset:
+    """Of the rows drawn so many of each source that their `amounts` are in the proportions asked for.
+
+    `amounts[i]` is what row i of the order gives, in tokens or rows. `first_exhausted` ends when a source has given
+    all it has, so no row is repeated; `all_exhausted` when every source has, and the others start over, each time in a
+    new order. Raises `UserError` when a source has nothing to give.
+    """
+    of, _ = columns_of(order)
+    shares = np.array([source.proportion for source in mixture.datasets], dtype=float)
+    shares /= shares.sum()
+    held = np.bincount(of, weights=amounts, minlength=len(shares))
+    if not held.all():
+        raise UserError(f"{names[int(held.argmin())]}: nothing of it can be trained on, so it has no proportion")
+    whole = (held / shares).min() if mixture.stopping_strategy == "first_exhausted" else (held / shares).max()
+    random = np.random.default_rng(mixture.seed)
+    chosen = [fill(np.flatnonzero(of == n), amounts, whole * share, random) for n, share in enumerate(shares)]
+    return order.select(random.permutation(np.concatenate(chosen)))
+
+
+def fill(places: np.ndarray, amounts: np.ndarray, wanted: float, random: np.random.Generator) -> np.ndarray:
+    """Some of `places` in a random order, as often over as it takes, whose amounts come nearest to `wanted`."""
+    rounds = int(np.ceil(wanted / amounts[places].sum() - 1e-9))
+    many = np.concatenate([random.permutation(places) for _ in range(max(1, rounds))])
+    reached = np.cumsum(amounts[many])
+    return many[: int(np.abs(reached - wanted).argmin()) + 1] if reached[-1] > wanted + 0.5 else many
+
+
+def split(order: Dataset, prompts: np.ndarray, args: "ScriptArguments") -> DatasetDict:
+    """Split off the test part that the recipe asks for. What is asked in one part is never asked in the other.
+
+    `prompts[i]` identifies what row i of the order asks. Where every row asks something else, the split is that of
+    Open-R1. Of the test part a repeated row is kept once.
+    """
+    mixture = args.dataset_mixture
+    size, seed = (args.test_split_size, 0) if mixture is None else (mixture.test_split_size, mixture.seed)
+    if size is None:
         return DatasetDict({"train": order})
-    size = int(test_size) if test_size >= 1 else test_size
+    asked, group, rows = np.unique(prompts, return_inverse=True, return_counts=True)
+    wanted = int(size) if size >= 1 else int(np.ceil(size * len(order)))
     if not 0 < int(size if size >= 1 else len(order) * size) < len(order):
-        raise UserError(f"test_split_size {test_size} leaves nothing on one side of the {len(order)} rows; change it")
-    halves = order.train_test_split(test_size=size, seed=seed)
-    if repeated:
-        held_out = set(pairs(halves["test"]))
-        halves["train"] = halves["train"].select(
-            [i for i, p in enumerate(pairs(halves["train"])) if p not in held_out]
-        )
-        halves["test"] = halves["test"].select(sorted({p: i for i, p in enumerate(pairs(halves["test"]))}.values()))
-    return halves
-
-
-def pairs(order: Dataset) -> list[tuple[int, int]]:
-    """(source, row) of every row of an order."""
-    columns = order.with_format("numpy")
-    return list(zip(columns["source"][:].tolist(), columns["row"][:].tolist(), strict=True))
+        raise UserError(f"test_split_size {size} leaves nothing on one side of the {len(order)} rows; change it")
+    if len(asked) == len(order):
+        return order.train_test_split(test_size=int(size) if size >= 1 else size, seed=seed)
+    if len(asked) == 1:
+        raise UserError(f"test_split_size {size}: all {len(order)} rows ask the same, so none can be held out")
+    groups = np.random.default_rng(seed).permutation(len(asked))
+    reached = np.cumsum(rows[groups])[:-1]  # one is left to train on
+    held_out = np.zeros(len(asked), dtype=bool)
+    held_out[groups[: int(np.abs(reached - wanted).argmin()) + 1]] = True
+    test = np.flatnonzero(held_out[group])
+    _, first = np.unique(np.stack(columns_of(order.select(test))), axis=1, return_index=True)
+    return DatasetDict(
+        {"train": order.select(np.flatnonzero(~held_out[group])), "test": order.select(test[np.sort(first)])}
+    )

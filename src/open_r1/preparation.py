@@ -7,29 +7,27 @@ collective meanwhile.
 import hashlib
 import json
 import logging
-import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
-from trl import pack_dataset
 
 from open_r1 import ledger
-from open_r1.cache import prepared_table, root
+from open_r1.cache import root
 from open_r1.data import Source, load_sources, places_of
 from open_r1.errors import UserError
 from open_r1.formats import brief
-from open_r1.mixture import draw, numbered
-from open_r1.tokenization import Supervision, counts_of, tokenize_source
+from open_r1.mixture import columns_of, draw, in_proportion, numbered, split
+from open_r1.packing import packed
+from open_r1.tokenization import COUNTS, Supervision, counts_of, tokenize_source
 
 if TYPE_CHECKING:
-    from open_r1.configs import ScriptArguments, SFTConfig
+    from open_r1.configs import DatasetMixtureConfig, ScriptArguments, SFTConfig
 
 
 logger = logging.getLogger(__name__)
@@ -43,6 +41,7 @@ class Part:
     from 0 in that source's table). Packed, `source` and `row` are lists with a value for each document of the pack,
     and there are `seq_lengths`. `unpacked` are the same before packing. `ledger` says how they came about, `rejected`
     names the rows that were dropped: `part`, `source`, `row`, `place` and `reason`, with an `excerpt` of bad ones.
+    `tables` are what they were chosen from, one a source.
     """
 
     rows: Dataset
@@ -50,6 +49,7 @@ class Part:
     sources: list[str]
     ledger: ledger.Entry
     rejected: list[dict[str, Any]]
+    tables: list["Tokenized"]
 
 
 @dataclass
@@ -65,28 +65,68 @@ class Prepared:
         return {"train": self.train, **({"eval": self.eval} if self.eval else {})}
 
 
+@dataclass
+class Tokenized:
+    """The rows of a source that are needed, tokenised.
+
+    `rows` are their numbers in the source, increasing; `tokens` the tokenised table, of which `counts` are the columns
+    that are no tokens. `counts["row"]` is a position in `rows`.
+    """
+
+    source: Source
+    rows: np.ndarray
+    tokens: Dataset
+    counts: dict[str, np.ndarray]
+
+    @property
+    def trained(self) -> np.ndarray:
+        """Which tokenised rows are trained on."""
+        return np.equal(self.counts["dropped"], None)
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """`values`, one a tokenised row, added up for each raw row."""
+        return np.bincount(self.counts["row"], weights=values, minlength=len(self.rows))
+
+    def without(self, mask: np.ndarray, reason: str) -> "Tokenized":
+        """The same where the raw rows of `mask` are dropped for `reason`, unless they are already."""
+        gone = mask[self.counts["row"]] & self.trained
+        counts = {
+            name: np.where(gone, 0, values) if name in COUNTS else values for name, values in self.counts.items()
+        }
+        counts["dropped"] = np.where(gone, reason, counts["dropped"])
+        return replace(self, counts=counts)
+
+
 def prepare(
     script_args: "ScriptArguments", training_args: "SFTConfig", tokenizer: PreTrainedTokenizerBase
 ) -> Prepared:
     """Prepare the data of a recipe and show its ledger. Raises `UserError` for data that cannot be trained on."""
     if unknown := set(training_args.dataset_kwargs or {}) - {"skip_prepare_dataset"}:
         raise UserError(f"dataset_kwargs: {', '.join(sorted(unknown))} is not known; data is prepared from other keys")
-    args, evaluate = training_args, training_args.do_eval
+    args, mixture = training_args, script_args.dataset_mixture
     with FileLock(lock_path(script_args)):
-        sources, held_out = load_sources(script_args, args.dataset_text_field, evaluate)
+        sources, held_out = load_sources(script_args, args.dataset_text_field, args.do_eval)
         names = [source.name for source in sources]
-        orders = draw([len(s.rows) for s in sources], [s.weight for s in sources], script_args, names)
-        # Every row of a source that either part draws is tokenised at once, so that another split or seed finds it.
-        needed = rows_by_source([orders[part] for part in orders], len(sources))
-        prepared = Prepared(assemble("train", sources, needed, orders["train"], tokenizer, args, args.packing))
-        if evaluate:
-            packing = args.packing if args.eval_packing is None else args.eval_packing
-            order = orders.get("test")
+        order = draw([len(source.rows) for source in sources], script_args, names)
+        tables = tokenized(sources, order, tokenizer, args, args.packing)
+        if mixture is not None and mixture.in_proportion:
+            order = in_proportion(order, amounts(tables, order, mixture.proportion_unit), mixture, names)
+        halves = split(order, of_rows(tables, order, prompts), script_args)
+        train, test = halves["train"], halves.get("test")
+        others: list[Tokenized] = []
+        packing = args.packing if args.eval_packing is None else args.eval_packing
+        if args.do_eval:
             if held_out:
-                sources = held_out
-                order = concatenate_datasets([numbered(number, len(s.rows)) for number, s in enumerate(held_out)])
-                needed = rows_by_source([order], len(sources))
-            prepared.eval = assemble("eval", sources, needed, order, tokenizer, args, packing)
+                test = concatenate_datasets([numbered(n, len(source.rows)) for n, source in enumerate(held_out)])
+            others = tokenized(held_out or sources, test, tokenizer, args, packing)
+        asked = of_rows(others, test, prompts) if others else np.zeros(0, dtype=np.int64)
+        in_both = np.isin(of_rows(tables, train, prompts), asked)
+        if args.dedup:
+            tables = without_repeats(tables, train, in_both)
+        prepared = Prepared(assemble("train", tables, train, args, args.packing, mixture))
+        prepared.train.ledger["asked_in_eval"] = int(in_both.sum())
+        if others:
+            prepared.eval = assemble("eval", others, test, args, packing, None if held_out else mixture)
     for part in prepared.parts.values():
         ledger.show(part.ledger)
     ledger.require_good_rows([part.ledger for part in prepared.parts.values()], args.max_bad_rows)
@@ -94,71 +134,122 @@ def prepare(
     return prepared
 
 
-def rows_by_source(orders: list[Dataset], sources: int) -> list[np.ndarray]:
-    """The row numbers that orders draw from each source, increasing."""
-    drawn = [(order.with_format("numpy")["source"][:], order.with_format("numpy")["row"][:]) for order in orders]
-    return [np.unique(np.concatenate([rows[of == number] for of, rows in drawn])) for number in range(sources)]
-
-
 def lock_path(script_args: "ScriptArguments") -> Path:
     """One lock per data recipe, beside the cache it guards."""
     return root() / f"{hashlib.sha256(repr(script_args).encode()).hexdigest()[:16]}.lock"
 
 
+def tokenized(
+    sources: list[Source], order: Dataset, tokenizer: PreTrainedTokenizerBase, args: "SFTConfig", packing: bool
+) -> list[Tokenized]:
+    """Every row that an order draws, tokenised, source by source: another split of the same rows finds it again."""
+    how = Supervision.of(args, packing)
+    of, rows = columns_of(order)
+    tables = []
+    for number, source in enumerate(sources):
+        needed = np.unique(rows[of == number])
+        tokens = tokenize_source(source, needed, tokenizer, how, args.dataset_num_proc)
+        tables.append(Tokenized(source, needed, tokens, counts_of(tokens)))
+    return tables
+
+
+def of_rows(tables: list[Tokenized], order: Dataset, read: Callable[[Tokenized], np.ndarray]) -> np.ndarray:
+    """What `read` gives for each raw row of a table, for each row of an order."""
+    of, rows = columns_of(order)
+    values = [read(table) for table in tables]
+    found = np.zeros(len(order), dtype=values[0].dtype)
+    for number, table in enumerate(tables):
+        mine = of == number
+        found[mine] = values[number][np.searchsorted(table.rows, rows[mine])]
+    return found
+
+
+def prompts(table: Tokenized) -> np.ndarray:
+    """What each raw row asks, as 64 bits."""
+    return table.counts["prompt"][np.searchsorted(table.counts["row"], np.arange(len(table.rows)))]
+
+
+def contents(table: Tokenized) -> np.ndarray:
+    """What is trained on of each raw row, as 64 bits; 0 for nothing."""
+    digests = np.zeros(len(table.rows), dtype=np.int64)
+    kept = table.trained
+    np.add.at(digests, table.counts["row"][kept], table.counts["digest"][kept])
+    return digests
+
+
+def amounts(tables: list[Tokenized], order: Dataset, unit: str) -> np.ndarray:
+    """What each row of an order gives to its source's proportion: supervised tokens, or rows to train on."""
+    return of_rows(
+        tables, order, lambda table: table.sums(table.counts["supervised"] if unit != "rows" else table.trained)
+    )
+
+
+def without_repeats(tables: list[Tokenized], order: Dataset, in_both: np.ndarray) -> list[Tokenized]:
+    """Tables without rows that are exact duplicates of earlier ones in the order, or asked in the evaluation data too.
+
+    A row that a weight repeats is no duplicate of itself.
+    """
+    of, rows = columns_of(order)
+    held = of_rows(tables, order, contents)
+    _, first, same = np.unique(held, return_index=True, return_inverse=True)
+    first = first[same]
+    duplicate = (held != 0) & ((of != of[first]) | (rows != rows[first]))
+    for number, table in enumerate(tables):
+        for drop, reason in ((in_both, "asked in the evaluation data"), (duplicate, "exact duplicate")):
+            mask = np.zeros(len(table.rows), dtype=bool)
+            mask[np.searchsorted(table.rows, rows[(of == number) & drop])] = True
+            table = table.without(mask, reason)
+        tables[number] = table
+    return tables
+
+
 def assemble(
     part: str,
-    sources: list[Source],
-    needed: list[np.ndarray],
+    tables: list[Tokenized],
     order: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
     args: "SFTConfig",
     packing: bool,
+    mixture: "DatasetMixtureConfig | None",
 ) -> Part:
-    """Tokenise the `needed` rows, lay them out as `order` draws them without what was dropped, and pack."""
-    how = Supervision.of(args, packing)
-    numbers = order.with_format("numpy")
-    drawn_from, drawn_rows = numbers["source"][:], numbers["row"][:]
-    tables, entries, lengths, trained, rejected, start = [], [], [], [], [], 0
+    """Lay out tokenised rows as `order` draws them, without what was dropped, and pack."""
+    of, rows = columns_of(order)
+    splits = Supervision.of(args, packing).on_long_row == "split"
+    entries, rejected, start = [], [], 0
     first, last = np.zeros(len(order), dtype=np.int64), np.zeros(len(order), dtype=np.int64)
-    for number, source in enumerate(sources):
-        table = tokenize_source(source, needed[number], tokenizer, how, args.dataset_num_proc)
-        counts = counts_of(table)
-        mine = drawn_from == number
-        position = np.searchsorted(needed[number], drawn_rows[mine])
+    for number, table in enumerate(tables):
+        mine, counts = of == number, table.counts
+        position = np.searchsorted(table.rows, rows[mine])
         first[mine] = start + np.searchsorted(counts["row"], position, side="left")
         last[mine] = start + np.searchsorted(counts["row"], position, side="right")
-        drawn = np.bincount(position, minlength=len(needed[number]))
-        entries.append(
-            ledger.entry_of(source.name, len(source.rows), drawn, counts, splits=how.on_long_row == "split")
-        )
-        rejected += rejections(part, source, needed[number], drawn, counts)
-        tables.append(with_ids(table, number, needed[number][counts["row"]]))
-        lengths.append(counts["tokens"])
-        trained.append(np.equal(counts["dropped"], None))
-        start += len(table)
+        drawn = np.bincount(position, minlength=len(table.rows))
+        entries.append(ledger.entry_of(table.source.name, len(table.source.rows), drawn, counts, splits))
+        rejected += rejections(part, table, drawn)
+        start += len(table.tokens)
     places = ranges(first, last)
-    places = places[np.concatenate(trained)[places]]
+    places = places[np.concatenate([table.trained for table in tables])[places]]
     if len(places) == 0:
         raise UserError(f"no row of the {part} data has a supervised token within max_length {args.max_length}")
     if args.shuffle_dataset:
         places = np.random.default_rng(args.seed).permutation(places)
-    rows = unpacked = concatenate_datasets(tables).select(places)
-    names = [source.name for source in sources]
+    together = [with_ids(table.tokens, n, table.rows[table.counts["row"]]) for n, table in enumerate(tables)]
+    unpacked = made = concatenate_datasets(together).select(places)
+    names = [table.source.name for table in tables]
     if packing:
-        rows = packed(f"{part} of {', '.join(names)}, packed", tables, places, unpacked, args)
+        made = packed(f"{part} of {', '.join(names)}, packed", together, places, unpacked, args)
     batch = args.per_device_train_batch_size if part == "train" else args.per_device_eval_batch_size
-    closed = ledger.close(part, entries, np.concatenate(lengths)[places], batch)
+    lengths = np.concatenate([table.counts["tokens"] for table in tables])[places]
+    asked = [source.proportion for source in mixture.datasets] if mixture and mixture.in_proportion else None
+    closed = ledger.close(part, entries, lengths, batch, asked, mixture.proportion_unit if asked else "")
     if packing:
-        ledger.add_packing(closed, rows, batch, args.max_length, args.packing_strategy)
-    return Part(rows, unpacked, names, closed, rejected)
+        ledger.add_packing(closed, made, batch, args.max_length, args.packing_strategy)
+    return Part(made, unpacked, names, closed, rejected, tables)
 
 
-def rejections(
-    part: str, source: Source, rows: np.ndarray, drawn: np.ndarray, counts: dict[str, np.ndarray]
-) -> list[dict[str, Any]]:
-    """What was dropped of the `rows` of a source that are drawn, and why."""
-    dropped = np.flatnonzero(~np.equal(counts["dropped"], None) & (drawn[counts["row"]] > 0))
-    numbers = rows[counts["row"][dropped]].tolist()
+def rejections(part: str, table: Tokenized, drawn: np.ndarray) -> list[dict[str, Any]]:
+    """What was dropped of the rows of a source, and why; `drawn[i]` is how often row i of them is drawn."""
+    counts, source = table.counts, table.source
+    dropped = np.flatnonzero(~table.trained & (drawn[counts["row"]] > 0))
+    numbers = table.rows[counts["row"][dropped]].tolist()
     found = []
     for row, place, reason in zip(numbers, places_of(source, numbers), counts["dropped"][dropped], strict=True):
         excerpt = {"excerpt": brief(source.rows[row], 400)} if reason.startswith(ledger.BAD_ROW) else {}
@@ -183,65 +274,6 @@ def with_ids(table: Dataset, source: int, rows: np.ndarray) -> Dataset:
     for name, values in (("source", np.full(len(rows), source)), ("row", rows)):
         table = table.add_column(name, values.astype(np.int32), new_fingerprint=fingerprint)
     return table
-
-
-def packed(what: str, tables: list[Dataset], places: np.ndarray, unpacked: Dataset, args: "SFTConfig") -> Dataset:
-    """The rows packed, kept under what they are made of: the sources' tables, the order and the packing."""
-    key = {
-        "what": what,
-        "sources": [table._fingerprint for table in tables],
-        "order": hashlib.sha256(places.tobytes()).hexdigest()[:32],
-        "packing": [args.max_length, args.packing_strategy],
-    }
-    tokens = unpacked.select_columns(["input_ids", "labels"])
-    packs = prepared_table(key, lambda path: pack(tokens, args, path))
-    key = {"what": "source and row of each document", "of": packs._fingerprint}
-    return concatenate_datasets([packs, prepared_table(key, lambda path: pack_ids(unpacked, args, path))], axis=1)
-
-
-def pack(rows: Dataset, args: "SFTConfig", path: str) -> Dataset:
-    """Pack rows into the arrow file `path`, with TRL, in one process: its bins depend on how rows are dealt out."""
-    return pack_dataset(rows, args.max_length, args.packing_strategy, {"cache_file_name": path, "desc": "Packing"})
-
-
-def pack_ids(unpacked: Dataset, args: "SFTConfig", path: str) -> None:
-    """Write `source` and `row` of the documents in each pack, which TRL packs as it packs tokens: by lengths alone."""
-    with tempfile.TemporaryDirectory(dir=Path(path).parent) as scratch:
-        numbers = unpacked.with_format("arrow").map(
-            numbered_tokens,
-            with_indices=True,
-            batched=True,
-            remove_columns=unpacked.column_names,
-            cache_file_name=f"{scratch}/numbers.arrow",
-            desc="Numbering",
-        )
-        places = pack(numbers, args, f"{scratch}/packs.arrow")
-        origin = unpacked.select_columns(["source", "row"]).with_format("numpy")[:]
-        places.with_format("arrow").map(
-            documents,
-            batched=True,
-            fn_kwargs={"origin": origin},
-            remove_columns=places.column_names,
-            cache_file_name=path,
-            desc="Numbering packs",
-        )
-
-
-def numbered_tokens(rows: pa.Table, indices: list[int]) -> pa.Table:
-    """Each token as the number of its row, in lists as long as the rows'."""
-    lengths = pc.list_value_length(rows["input_ids"]).to_numpy()
-    values = np.repeat(np.array(indices, dtype=np.int32), lengths)
-    return pa.table({"place": pa.ListArray.from_arrays(np.cumsum([0, *lengths], dtype=np.int32), values)})
-
-
-def documents(packs: pa.Table, origin: dict[str, np.ndarray]) -> pa.Table:
-    """What `origin` says of the rows in each pack of numbered tokens; a row split over packs is in each of them."""
-    column = packs["place"].combine_chunks()
-    places, starts = column.flatten().to_numpy(), np.cumsum([0, *pc.list_value_length(column).to_numpy()])
-    first = np.union1d(np.flatnonzero(np.diff(places, prepend=-1)), starts[:-1])
-    offsets = np.searchsorted(first, starts).astype(np.int32)
-    columns = {name: pa.ListArray.from_arrays(offsets, values[places[first]]) for name, values in origin.items()}
-    return pa.table(columns)
 
 
 def ranges(first: np.ndarray, last: np.ndarray) -> np.ndarray:

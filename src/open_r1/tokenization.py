@@ -19,7 +19,7 @@ from open_r1.cache import Key, digest, prepared_table
 from open_r1.data import Source, places_of
 from open_r1.encoding import IGNORED, Piece, Spelling, encode_apart, encode_pieces, ranges_of, spelling_of
 from open_r1.errors import BadRow, UserError
-from open_r1.formats import Row
+from open_r1.formats import Row, prompt_id
 from open_r1.ledger import BAD_ROW
 from open_r1.supervision import (
     CLOSE,
@@ -44,6 +44,7 @@ FEATURES = Features(
         "row": Value("int32"),  # which of the source's chosen rows this comes from
         **{name: Value("int32") for name in COUNTS},
         "digest": Value("int64"),  # equal for equal ids and labels
+        "prompt": Value("int64"),  # equal for rows that ask the same
         "dropped": Value("string"),  # why there is nothing to train on, null otherwise
     }
 )
@@ -191,8 +192,10 @@ def encode_batch(
     columns = [batch[name] for name in batch]
     for index, values in zip(indices, zip(*columns, strict=True), strict=True):
         try:
-            made = row_pieces(to_row(dict(zip(batch, values, strict=True))), index, tokenizer, template, how)
+            row = to_row(dict(zip(batch, values, strict=True)))
+            made, prompt = row_pieces(row, index, tokenizer, template, how), prompt_id(row)
             for piece in made:
+                piece.prompt = prompt
                 if OPEN in piece.text and not piece.add_bos:
                     encode_apart(piece, tokenizer)
             pieces += made
@@ -202,7 +205,7 @@ def encode_batch(
             problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             if how.on_bad_row == "error":
                 raise BadRow(index, problem) from error
-            pieces.append(Piece(index, dropped=f"{BAD_ROW}{problem}"))
+            pieces.append(Piece(index, dropped=f"{BAD_ROW}{problem}", prompt=index))
     encode_pieces([piece for piece in pieces if piece.spans is not None], tokenizer, spelling)
     return table_of([cut for piece in pieces for cut in fit_length(piece, how)])
 
@@ -315,7 +318,7 @@ def fit_length(piece: Piece, how: Supervision) -> list[Piece]:
     if how.on_long_row == "error":
         raise BadRow(piece.row, f"{size} tokens exceed max_length {limit}; raise it, or set on_long_row")
     if how.on_long_row == "drop":
-        return [Piece(piece.row, {"cut": size}, dropped="longer than max_length")]
+        return [Piece(piece.row, {"cut": size}, dropped="longer than max_length", prompt=piece.prompt)]
     if how.on_long_row == "split":
         if not piece.add_bos:
             raise BadRow(piece.row, "on_long_row: split is for plain text; an answer cut in pieces teaches no answer")
@@ -335,9 +338,11 @@ def part_of(piece: Piece, start: int, end: int) -> Piece:
     supervised = sum(max(0, min(last, end) - max(first, start + 1)) for first, last in piece.ranges)
     answers = sum(first < end and last > start for first, last in piece.ranges)
     if not supervised:
-        return Piece(piece.row, {"cut": end - start, "answers": answers}, dropped="nothing supervised in it")
+        counts = {"cut": end - start, "answers": answers}
+        return Piece(piece.row, counts, dropped="nothing supervised in it", prompt=piece.prompt)
     counts = {**piece.counts, "tokens": end - start, "supervised": supervised, "answers": answers}
-    return Piece(piece.row, counts, ids=piece.ids[start:end], labels=piece.labels[start:end])
+    ids, labels = piece.ids[start:end], piece.labels[start:end]
+    return Piece(piece.row, counts, ids=ids, labels=labels, prompt=piece.prompt)
 
 
 def digest_of(piece: Piece) -> int:
@@ -359,5 +364,6 @@ def table_of(pieces: list[Piece]) -> pa.Table:
     columns.append(pa.array([piece.row for piece in pieces], pa.int32()))
     columns += [pa.array([piece.counts.get(name, 0) for piece in pieces], pa.int32()) for name in COUNTS]
     columns.append(pa.array([digest_of(piece) for piece in pieces], pa.int64()))
+    columns.append(pa.array([piece.prompt for piece in pieces], pa.int64()))
     columns.append(pa.array([piece.dropped for piece in pieces], pa.string()))
     return pa.Table.from_arrays(columns, schema=SCHEMA)
