@@ -1,0 +1,238 @@
+"""Five sources of five formats in one mixture; what is dropped, repeated or asked twice is counted and named."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from conftest import losses, settings, write_jsonl
+from datasets import Dataset
+
+from open_r1.chat import get_tokenizer
+from open_r1.errors import UserError
+from open_r1.preparation import prepare
+from open_r1.recipe import load_recipe
+from open_r1.sft import build_configs, main
+
+SHARES = (0.35, 0.25, 0.2, 0.15, 0.05)
+
+
+def tools_of(number):
+    """A tool whose schema is another one in every third row."""
+    fields = {0: {"a": {"type": "integer"}}, 1: {"text": {"type": "string", "enum": ["x"]}}, 2: {}}[number % 3]
+    parameters = {"type": "object", "properties": fields}
+    return [{"type": "function", "function": {"name": f"f{number % 3}", "parameters": parameters}}]
+
+
+@pytest.fixture(scope="module")
+def five(tmp_path_factory, pairs):
+    """Sources: instruction CSV, ShareGPT JSONL, messages in parquet with tools, prompt/completion JSON, plain text."""
+    folder = tmp_path_factory.mktemp("five")
+    with (folder / "alpaca.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["instruction", "input", "output"])
+        writer.writerows(
+            [question, "briefly" if n % 2 else "", text] for n, (question, text) in enumerate(pairs[:150])
+        )
+    shared = [
+        {
+            "conversations": [
+                {"from": "system", "value": "Be kind."},
+                {"from": "human", "value": q},
+                {"from": "gpt", "value": a},
+            ]
+        }
+        for q, a in pairs[150:300]
+    ]
+    write_jsonl(folder / "sharegpt.jsonl", shared)
+    called = [
+        {
+            "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}],
+            "tools": tools_of(n),
+        }
+        for n, (q, a) in enumerate(pairs[300:400])
+    ]
+    Dataset.from_list(called).to_parquet(folder / "tools.parquet")
+    (folder / "completions.json").write_text(
+        json.dumps([{"prompt": f"{q}\n", "completion": a} for q, a in pairs[400:500]])
+    )
+    write_jsonl(folder / "plain.jsonl", [{"text": a} for _, a in pairs[500:]])
+    names = ("alpaca.csv", "sharegpt.jsonl", "tools.parquet", "completions.json", "plain.jsonl")
+    return [{"id": str(folder / name), "name": name.partition(".")[0]} for name in names]
+
+
+@pytest.fixture
+def argv(tiny_model, five, tmp_path):
+    def argv(shares=SHARES, **mixture):
+        sources = [{**source, "proportion": share} for source, share in zip(five, shares, strict=True)]
+        more = {key: mixture.pop(key) for key in ("packing", "eval_strategy", "max_length") if key in mixture}
+        return settings(
+            **{"model_name_or_path": tiny_model, "output_dir": tmp_path / "run", "max_length": 512, **more},
+            dataset_mixture={"datasets": sources, **mixture},
+        )
+
+    return argv
+
+
+def prepared(argv):
+    script_args, args, model_args = build_configs(load_recipe(argv))
+    tokenizer = get_tokenizer(model_args, args)
+    return prepare(script_args, args, tokenizer), tokenizer
+
+
+def ids(part):
+    return [(row["source"], row["row"]) for row in part.unpacked]
+
+
+@pytest.mark.parametrize("stopping", ["first_exhausted", "all_exhausted"])
+def test_five_sources_of_five_formats_in_proportion(argv, stopping):
+    data, tokenizer = prepared(argv(stopping_strategy=stopping))
+    part = data.train
+    supervised = np.zeros(5)
+    for row in part.unpacked:
+        supervised[row["source"]] += sum(label != -100 for label in row["labels"][1:])
+    assert np.abs(supervised / supervised.sum() - SHARES).max() < 0.01
+    for number, entry in enumerate(part.ledger["sources"]):
+        mine = [row for row in part.unpacked if row["source"] == number]
+        assert (entry["trained"], entry["supervised"]) == (len(mine), supervised[number])
+        assert entry["tokens"] == sum(len(row["input_ids"]) for row in mine)
+        assert entry["requested_share"] == SHARES[number]
+        assert entry["achieved_share"] == pytest.approx(supervised[number] / supervised.sum(), abs=1e-4)
+    texts = [tokenizer.decode(next(r for r in part.unpacked if r["source"] == n)["input_ids"]) for n in range(5)]
+    assert texts[0].startswith("<|im_start|>user\nWhat") and texts[1].startswith("<|im_start|>system\nBe kind.")
+    assert texts[2].startswith("<|im_start|>user\n") and texts[3].startswith("What") and "<|im_start|>" not in texts[4]
+    assert any("\nbriefly<|im_end|>" in tokenizer.decode(r["input_ids"]) for r in part.unpacked if r["source"] == 0)
+
+
+def test_the_order_follows_from_the_seed_alone(argv):
+    orders = [ids(prepared(argv(seed=seed))[0].train) for seed in (3, 3, 4)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_proportions_of_rows(argv):
+    part = prepared(argv(proportion_unit="rows"))[0].train
+    counts = np.bincount([source for source, _ in ids(part)])
+    assert np.abs(counts / counts.sum() - SHARES).max() < 0.01
+    assert [entry["achieved_share"] for entry in part.ledger["sources"]] == pytest.approx(
+        counts / counts.sum(), abs=1e-4
+    )
+
+
+def test_the_mixture_trains(argv, tmp_path):
+    assert main(argv(packing=True, eval_strategy="steps", test_split_size=0.1)) == 0
+    assert len(losses(tmp_path / "run")) == 2
+    assert losses(tmp_path / "run", "eval_loss")
+
+
+ROW = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+BAD = [{"role": "user", "content": "\x1b[31m"}, {"role": "assistant", "content": ""}]
+
+
+class TestBadRows:
+    @pytest.fixture
+    def run(self, tiny_model, tmp_path, conversations):
+        rows = [{"messages": BAD}, *conversations[:20], {"messages": None}, {"messages": BAD}]
+        path = write_jsonl(tmp_path / "rows.jsonl", rows)
+
+        def run(**values):
+            values = {"on_bad_row": "drop", "output_dir": tmp_path / "run", **values}
+            return main(settings(model_name_or_path=tiny_model, dataset_name=path, **values))
+
+        return run
+
+    def test_they_are_kept_in_a_file_that_says_where_and_why(self, run, tmp_path):
+        assert run() == 0
+        text = (tmp_path / "run" / "rejected.jsonl").read_text()
+        assert "\x1b" not in text
+        rejected = [json.loads(line) for line in text.splitlines()]
+        assert [row["row"] for row in rejected] == [0, 21, 22]
+        assert [row["place"].rpartition("/")[2] for row in rejected] == [f"rows.jsonl:{line}" for line in (1, 22, 23)]
+        assert rejected[0]["reason"] == "bad row: message 1 (assistant) is empty; found ''"
+        assert "\\x1b[31m" in rejected[0]["excerpt"]
+        closed = json.loads((tmp_path / "run" / "ledger.json").read_text())["train"]["sources"][0]
+        assert closed["dropped"]["bad row: message 1 (assistant) is empty"] == 2
+        assert sum(closed["dropped"].values()) == 3
+
+    @pytest.mark.parametrize(("limit", "code"), [(2, 2), (0.1, 2), (3, 0), (0.2, 0)])
+    def test_too_many_stop_the_run(self, run, capsys, limit, code):
+        assert run(max_bad_rows=limit, dry_run=True) == code
+        message = "3 of 23 rows are bad, more than max_bad_rows"
+        assert (message in capsys.readouterr().err) == bool(code)
+
+    def test_by_default_the_first_one_stops_it(self, run, capsys):
+        assert run(on_bad_row="error") == 2
+        assert "rows.jsonl:1: message 1 (assistant) is empty; found ''" in capsys.readouterr().err
+
+
+class TestRepeats:
+    """Rows 0-39 once, 40-59 twice in another source; the evaluation asks what rows 0-9 ask."""
+
+    @pytest.fixture
+    def values(self, tiny_model, tmp_path, conversations):
+        first = write_jsonl(tmp_path / "a.jsonl", conversations[:60])
+        second = write_jsonl(tmp_path / "b.jsonl", conversations[40:80])
+        other = [
+            {"messages": [row["messages"][0], {"role": "assistant", "content": "Else."}]} for row in conversations[:10]
+        ]
+        return {
+            "model_name_or_path": tiny_model,
+            "dataset_mixture": {"datasets": [{"id": first, "weight": 2.0}, {"id": second}]},
+            "eval_dataset_name": write_jsonl(tmp_path / "eval.jsonl", other),
+            "do_eval": True,
+            "output_dir": tmp_path / "run",
+            "max_length": 512,
+        }
+
+    def test_they_are_counted(self, values):
+        data, _ = prepared(settings(**values))
+        assert data.train.ledger["asked_in_eval"] == 20
+        assert len(data.train.unpacked) == 160
+
+    def test_they_are_dropped_when_asked(self, values):
+        part = prepared(settings(**values, dedup=True))[0].train
+        drawn = ids(part)
+        kept = {(0, n) for n in range(10, 60)} | {(1, n) for n in range(40)}
+        once = {
+            pair if pair[0] == 1 else (1, pair[1] - 40)
+            for pair in set(drawn)
+            if pair not in {(0, n) for n in range(40)}
+        }
+        assert set(drawn) < kept and len(once) == 40
+        texts = {tuple(row["input_ids"]) for row in part.unpacked}
+        assert len(texts) == len(set(drawn)) == 70
+        dropped = [entry["dropped"] for entry in part.ledger["sources"]]
+        assert dropped[0]["asked in the evaluation data"] == 20
+        assert sum(entry.get("exact duplicate", 0) > 0 for entry in dropped) >= 1
+        assert len(drawn) == sum(entry["trained"] for entry in part.ledger["sources"])
+        assert {row["reason"] for row in part.rejected} == {"asked in the evaluation data", "exact duplicate"}
+
+
+def test_answers_to_one_prompt_are_never_split(tiny_model, tmp_path, pairs):
+    rows = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": f"{a[:99]} {n}"}]}
+        for q, a in pairs[:30]
+        for n in range(8)
+    ]
+    argv = settings(
+        model_name_or_path=tiny_model,
+        dataset_name=write_jsonl(tmp_path / "rows.jsonl", rows),
+        test_split_size=0.2,
+        do_eval=True,
+        output_dir=tmp_path,
+    )
+    data, _ = prepared(argv)
+    train, test = ({row // 8 for _, row in ids(part)} for part in (data.train, data.eval))
+    assert not train & test and len(train | test) == 30
+    assert len(ids(data.eval)) == 48
+    assert ids(prepared(argv)[0].eval) == ids(data.eval)
+
+
+def test_proportions_need_something_to_train_on(argv, five, tmp_path):
+    nothing = write_jsonl(tmp_path / "nothing.jsonl", [{"messages": None}])
+    line = argv()
+    at = line.index("--dataset_mixture") + 1
+    mixture = json.loads(line[at])
+    mixture["datasets"][1] = {"id": nothing, "name": "nothing", "proportion": 1}
+    line[at] = json.dumps(mixture)
+    with pytest.raises(UserError, match="nothing: nothing of it can be trained on"):
+        prepared([*line, "--on_bad_row", "drop"])
