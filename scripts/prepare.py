@@ -42,6 +42,8 @@ def prepare_recipe(argv: list[str], export: Path | None) -> None:
     recipe = load_recipe([*argv, "--use_cpu"])
     if export is not None and export.exists():
         raise UserError(f"--export {export}: exists already; name a new directory")
+    if export is not None and any(parent.is_file() for parent in export.parents):
+        raise UserError(f"--export {export}: a file is in the way; name another directory")
 
     from datasets import DatasetDict
 

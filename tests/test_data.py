@@ -302,7 +302,7 @@ def test_bad_rows_say_what_is_wrong(raw, message):
 
 def test_an_assistant_message_may_be_tool_calls_alone():
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
-    assert "content" not in row_function(["messages"], "s")({"messages": [call]})["messages"][0]
+    assert "content" not in row_function(["messages"], "s")({"messages": [CHAT[0], call]})["messages"][1]
 
 
 def mixture(*sources, **more):

@@ -5,20 +5,28 @@ are memory-mapped. It is written under another name and renamed when whole, so a
 nothing that could be taken for a table.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
+from filelock import FileLock, Timeout
+
+from open_r1.errors import UserError
 
 logger = logging.getLogger(__name__)
 Key = dict[str, Any]
+TORN, ALIVE = ".partial-", "alive"
 
 
 def root() -> Path:
@@ -34,15 +42,18 @@ def digest(value: Any) -> str:
 
 
 def file_digest(path: str) -> str:
-    """Digest of a file's bytes, remembered by path, size and time so that a big file is read once."""
+    """Digest of a file's bytes, remembered by path, size and times so that a big file is read once.
+
+    Copying tools can set the time of modification; that of the last change of any kind they cannot.
+    """
     stat = os.stat(path)
-    known = root() / "digests" / digest([os.path.abspath(path), stat.st_size, stat.st_mtime_ns])
+    known = root() / "digests" / digest([os.path.abspath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
     if known.exists():
         return known.read_text()
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest_of(file)
     known.parent.mkdir(exist_ok=True)
-    partial = known.with_suffix(f".{os.getpid()}")
+    partial = known.with_suffix(f".{os.uname().nodename}-{os.getpid()}")
     partial.write_text(found.hexdigest())
     partial.replace(known)
     return found.hexdigest()
@@ -60,28 +71,60 @@ def prepared_table(key: Key, make: Callable[[str], Any]) -> Dataset:
     """The table of `key`, made by `make(path of an arrow file to write)` when it is not there yet.
 
     `key["what"]` says in words what the table holds; other parts are compared when it is not found, unless it is
-    derived from the table `key["of"]` and nothing else.
+    derived from the table `key["of"]` and nothing else. Raises `UserError` when it cannot be written.
     """
     folder = root() / digest(key)
-    if not (folder / "key.json").exists():
+    if (table := read(folder)) is None:
         if "of" not in key:
             explain_miss(key)
-        partial = root() / f"{folder.name}.partial-{os.uname().nodename}-{os.getpid()}"
-        partial.mkdir()
+        remove_torn()
         try:
+            write(folder, key, make)
+        except OSError as error:
+            raise UserError(f"{root()}: prepared data cannot be kept there: {error}; set HF_DATASETS_CACHE") from error
+        table = read(folder)
+    return table
+
+
+def read(folder: Path) -> Dataset | None:
+    """The table in a folder, memory-mapped; None when there is none, or none that can be read."""
+    if not (folder / "key.json").exists():
+        return None
+    try:
+        # The library may put results computed from a table beside it, as cache-*.arrow.
+        parts = [Dataset.from_file(str(path)) for path in sorted(folder.glob("data*.arrow"))]
+        table = concatenate_datasets(parts)
+    except (ValueError, OSError, pa.ArrowException) as error:
+        logger.warning("%s is damaged (%s) and prepared again", folder, error)
+        shutil.rmtree(folder)
+        return None
+    return Dataset(table.data, info=table.info, fingerprint=folder.name)
+
+
+def write(folder: Path, key: Key, make: Callable[[str], Any]) -> None:
+    """Make a table beside its folder and rename it when it is whole. Its maker holds a lock in it while it lives."""
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}{TORN}", dir=root()))
+    try:
+        with FileLock(partial / ALIVE):
             make(str(partial / "data.arrow"))
             (partial / "key.json").write_text(json.dumps(key, indent=1, default=str))
             sync(partial)
             partial.rename(folder)
-        except OSError:
-            if not (folder / "key.json").exists():  # else another process made the same table meanwhile
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    # The library may put results computed from a table beside it, as cache-*.arrow.
-    parts = [Dataset.from_file(str(path)) for path in sorted(folder.glob("data*.arrow"))]
-    table = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-    return Dataset(table.data, info=table.info, fingerprint=folder.name)
+        (folder / ALIVE).unlink(missing_ok=True)
+    except OSError:
+        if not (folder / "key.json").exists():  # else another process made the same table meanwhile
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_torn() -> None:
+    """Remove what makers that were killed have left: nobody holds the lock in it, and it is not just being begun."""
+    for partial in root().glob(f"*{TORN}*"):
+        with contextlib.suppress(OSError, Timeout):
+            if time.time() - partial.stat().st_mtime > 60:
+                with FileLock(partial / ALIVE, blocking=False):
+                    shutil.rmtree(partial)
 
 
 def sync(folder: Path) -> None:

@@ -59,6 +59,8 @@ def get_tokenizer(model_args: "ModelConfig", training_args: "SFTConfig") -> PreT
     elif tokenizer.chat_template is None:
         logger.info("%s has no chat template: ChatML is used", model_args.model_name_or_path)
         tokenizer.template_name, tokenizer.chat_template = "chatml", CHATML
+    if "strftime_now" in (tokenizer.chat_template or ""):
+        logger.warning("the chat template writes the day's date; prepared data keeps that of its preparation")
     tokenizer.added_for_chat = add_delimiters(tokenizer)
     settle_stop_token(tokenizer, training_args)
     settle_padding(tokenizer)

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset, DatasetDict, Features, Value
 
-from open_r1.cache import file_digest
+from open_r1.cache import digest, file_digest, root
 from open_r1.configs import DatasetConfig
 from open_r1.errors import UserError
 from open_r1.formats import Row, brief, prompt_id, row_function
@@ -100,9 +100,10 @@ def load_source(source: DatasetConfig, split: str, text_field: str = "text") -> 
     to_row = row_function(rows.column_names, name, text_field, mapping)
     if source.max_samples is not None:
         rows = rows.select(range(min(source.max_samples, len(rows))))
-    files = local_files(source.id, source.data_files)
-    contents = [split, *map(file_digest, files)] if files else rows._fingerprint
-    return Source(name, rows, to_row, contents, files if split == "train" else [])
+    held = contents_of(source.id, source.data_files)
+    contents = [split, held] if held else rows._fingerprint
+    files = local_files(source.id, source.data_files) if split == "train" else []
+    return Source(name, rows, to_row, contents, files)
 
 
 def load_either(source: DatasetConfig, splits: tuple[str, str], text_field: str) -> Source:
@@ -131,6 +132,17 @@ def local_files(name: str | None, data_files: list[str] | None = None) -> list[s
     if glob.has_magic(name):
         return sorted(glob.glob(name, recursive=True))
     return [name] if os.path.isfile(name) else []
+
+
+def contents_of(name: str | None, data_files: list[str] | None) -> list[str]:
+    """Digests of the local files that hold a source, in order; none for a hub dataset."""
+    folder = Path(os.path.expanduser(name or ""))
+    files = local_files(name, data_files)
+    if not files and name and folder.is_dir():
+        files = [
+            str(path) for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("cache-")
+        ]
+    return [file_digest(file) for file in files]
 
 
 def source_name(name: str, config: str | None, split: str) -> str:
@@ -183,12 +195,16 @@ def load_table(
         if files:
             loader = loader_of(files)
             options = as_written(files) if loader == "csv" else {}
+            options |= {"cache_dir": kept_at(name, data_files)}
             table = datasets.load_dataset(loader, data_files={"train": files}, split=split, **options)
         elif os.path.isdir(name) and is_saved(Path(name)):
             if config or revision or data_files:
                 raise UserError(f"{name}: what save_to_disk wrote has no config, revision or data_files; remove them")
             table = saved_split(name, split)
-        elif os.path.isdir(name) or not looks_local(name):
+        elif os.path.isdir(name):
+            options = {"data_files": data_files, "cache_dir": kept_at(name, None)}
+            table = datasets.load_dataset(name, config, split=split, **options)
+        elif not looks_local(name):
             table = datasets.load_dataset(name, config, split=split, data_files=data_files, revision=revision)
         else:
             raise UserError(f"{name}: no such file or directory (relative paths start at {os.getcwd()})")
@@ -201,6 +217,14 @@ def load_table(
     if len(table) == 0:
         raise UserError(f"{title}: holds no rows")
     return table
+
+
+def kept_at(name: str | None, data_files: list[str] | None) -> str:
+    """Where the library keeps what it reads from local files.
+
+    It knows a file again by path and time alone; under the digest of its contents other contents are read anew.
+    """
+    return str(root() / "raw" / digest(contents_of(name, data_files)))
 
 
 def looks_local(name: str) -> bool:

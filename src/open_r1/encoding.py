@@ -5,6 +5,7 @@ other, are the bytes of the text, their lengths are the bounds. That is a proof 
 keep track of offsets, which it does for texts where the proof fails (an NFC tokenizer that had something to compose).
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -26,7 +28,10 @@ SAMPLE = "Hi, <b>you</b>!\n\n\tÉmile 四 🙂  x7"
 
 @dataclass(slots=True)
 class Piece:
-    """One row to train on while it is being made: text and character spans, then ids and token ranges, then labels."""
+    """One row to train on while it is being made: text and character spans, then ids and token ranges, then labels.
+
+    `add_bos` says that the text is no rendering of a template, so that BOS has to be put before it.
+    """
 
     row: int
     counts: dict[str, int] = field(default_factory=dict)
@@ -41,23 +46,27 @@ class Piece:
 
 
 class Spelling(NamedTuple):
-    """The bytes that each token id stands for, how many they are, and the ids that a tokenizer puts before a text."""
+    """What encoding needs to know of a tokenizer.
 
-    texts: list[bytes]
+    `texts` are the bytes that each token id stands for, None when they cannot be told from the vocabulary, and `sizes`
+    how many they are; `bos` the ids that it puts before a text; `inner` encodes what stands inside a text: as the
+    tokenizer does, but without the space that some put before everything they are given.
+    """
+
+    texts: list[bytes] | None
     sizes: np.ndarray
     bos: list[int]
+    inner: Tokenizer
 
 
-def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling | None:
-    """How a tokenizer spells its tokens, None when that cannot be told from its vocabulary."""
+def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling:
+    """Learn how a tokenizer spells."""
     backend = tokenizer.backend_tokenizer
     added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
     vocabulary = {number: token for token, number in tokenizer.get_vocab().items()} | added
-    if not vocabulary:
-        return None
     as_bytes = {char: byte for byte, char in bytes_to_unicode().items()}
     byte_level = "ByteLevel" in repr(backend.decoder)
-    texts = [b""] * (max(vocabulary) + 1)
+    texts = [b""] * (max(vocabulary, default=-1) + 1)
     for number, token in vocabulary.items():
         if number in added:
             texts[number] = token.encode()
@@ -67,8 +76,29 @@ def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling | None:
             texts[number] = bytes.fromhex(byte[1])
         else:
             texts[number] = token.replace("▁", " ").encode()
-    spelling = Spelling(texts, np.array([len(text) for text in texts]), backend.encode("").ids)
-    return spelling if spells(spelling, backend.encode(SAMPLE, add_special_tokens=False).ids, SAMPLE) else None
+    bare, dressed = (backend.encode(SAMPLE, add_special_tokens=special).ids for special in (False, True))
+    before = next((n for n in range(len(dressed)) if dressed[n : n + len(bare)] == bare), 0)
+    spelling = Spelling(texts, np.array([len(text) for text in texts]), dressed[:before], without_prefix(backend))
+    return spelling if spells(spelling, bare, SAMPLE) else spelling._replace(texts=None)
+
+
+def without_prefix(backend: Tokenizer) -> Tokenizer:
+    """A tokenizer that puts no space before what it is given."""
+    state = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    for part in ("normalizer", "pre_tokenizer"):
+        state[part] = unprefixed(state[part])
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def unprefixed(node: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer, as its JSON, without what puts a space before a text."""
+    if node is None or node["type"] == "Prepend":
+        return None
+    for key in ("normalizers", "pretokenizers"):
+        if key in node:
+            node = {**node, key: [kept for each in node[key] if (kept := unprefixed(each)) is not None]}
+    changed = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
+    return {**node, **changed.get(node["type"], {})}
 
 
 def spells(spelling: Spelling, ids: Sequence[int], text: str) -> bool:
@@ -78,23 +108,23 @@ def spells(spelling: Spelling, ids: Sequence[int], text: str) -> bool:
     return b"".join(itemgetter(*ids)(spelling.texts)) == text.encode()
 
 
-def encode_pieces(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase, spelling: Spelling | None) -> None:
+def encode_pieces(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase, spelling: Spelling) -> None:
     """Fill in ids and labels: a token is supervised when it holds a character of a span.
 
-    Where a token would hold the end of a prompt and the beginning of its answer, they are encoded apart.
+    Where a token would hold the end of a prompt and the beginning of its answer, they are encoded apart. Raises
+    `ValueError` when a text cannot be encoded as what it is.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = False  # the encoding of marked texts may have left it on
-    plain = [piece for piece in pieces if piece.ids is None]
-    for group in by_bytes(plain):
-        unclear = group if spelling is None else encode_spelled(group, backend, spelling)
-        if unclear:
-            encode_with_offsets(unclear, backend)
+    backend.encode_special_tokens = False
+    for group in by_bytes([piece for piece in pieces if piece.ids is None]):
+        plain = [piece for piece in group if piece.add_bos or OPEN not in piece.text]
+        unclear = encode_spelled(plain, backend, spelling) if spelling.texts else plain
+        encode_with_offsets(unclear, backend, spelling.bos)
         for piece in group:
             if piece.ranges is None:
-                encode_apart(piece, tokenizer, spelling.bos if piece.add_bos else ())
+                encode_apart(piece, spelling)
 
 
 def by_bytes(pieces: list[Piece]) -> Iterator[list[Piece]]:
@@ -111,39 +141,48 @@ def by_bytes(pieces: list[Piece]) -> Iterator[list[Piece]]:
         yield group
 
 
-def encode_spelled(pieces: list[Piece], backend: Any, spelling: Spelling) -> list[Piece]:
+def encode_spelled(pieces: list[Piece], backend: Tokenizer, spelling: Spelling) -> list[Piece]:
     """Encode pieces, leaving out those whose tokens do not spell their text, which are returned.
 
-    `ranges` stays None where a token holds both the end of a prompt and the beginning of its answer. Rows of one
-    source are of one format, so either all or none still need BOS: templates write their own.
+    `ranges` stays None where a token holds both the end of a prompt and the beginning of its answer.
     """
-    add_bos = pieces[0].add_bos
-    encodings = backend.encode_batch_fast([piece.text for piece in pieces], add_special_tokens=add_bos)
+    encodings = backend.encode_batch_fast([piece.text for piece in pieces], add_special_tokens=False)
     lists = [encoding.ids for encoding in encodings]
     bounds = np.cumsum([0, *map(len, lists)])
     ids = np.fromiter(chain.from_iterable(lists), np.int32, count=bounds[-1])
-    ends = np.cumsum(spelling.sizes[ids])  # in bytes of all texts, BOS included
+    ends = np.cumsum(spelling.sizes[ids])  # in bytes of all texts
     labels = np.full(len(ids), IGNORED, dtype=np.int32)
-    lead = len(spelling.bos) if add_bos else 0
     unclear = []
     for piece, tokens, start, end in zip(pieces, lists, bounds, bounds[1:], strict=False):
-        piece.ids, piece.labels = ids[start:end], labels[start:end]
-        if piece.add_bos and piece.spans == [(0, len(piece.text))]:
-            piece.ranges = [(0, len(tokens))]  # a text that is trained on in full, BOS included
-        elif tokens[:lead] == spelling.bos[:lead] and spells(spelling, tokens[lead:] if lead else tokens, piece.text):
-            own = ends[start + lead : end]
-            before = ends[start + lead - 1] if start + lead else 0
-            piece.ranges = ranges_in(piece, own - before, lead)
+        if spells(spelling, tokens, piece.text):
+            ranges = ranges_in(piece, ends[start:end] - (ends[start - 1] if start else 0))
+            settle(piece, ids[start:end], labels[start:end], ranges, spelling.bos)
         else:
             unclear.append(piece)
-            continue
-        for first, last in piece.ranges or ():
-            piece.labels[first:last] = piece.ids[first:last]
     return unclear
 
 
-def ranges_in(piece: Piece, ends: np.ndarray, lead: int) -> list[tuple[int, int]] | None:
-    """The tokens [first, last) that hold each span, when token i behind the `lead` of BOS ends before byte `ends[i]`.
+def settle(
+    piece: Piece, ids: np.ndarray, labels: np.ndarray, ranges: list[tuple[int, int]] | None, bos: list[int]
+) -> None:
+    """Give a piece its ids, and its labels where `ranges` tell them; BOS where it still needs one.
+
+    A text that is learnt in full is learnt with its BOS.
+    """
+    if ranges is None:
+        return  # to be encoded apart
+    if piece.add_bos and bos:
+        whole = piece.spans == [(0, len(piece.text))]
+        ids = np.concatenate([np.array(bos, dtype=np.int32), ids])
+        labels = np.concatenate([np.full(len(bos), IGNORED, dtype=np.int32), labels])
+        ranges = [(0, len(ids))] if whole else [(first + len(bos), last + len(bos)) for first, last in ranges]
+    for first, last in ranges:
+        labels[first:last] = ids[first:last]
+    piece.ids, piece.labels, piece.ranges = ids, labels, ranges
+
+
+def ranges_in(piece: Piece, ends: np.ndarray) -> list[tuple[int, int]] | None:
+    """The tokens [first, last) that hold each span, when token i ends before byte `ends[i]`.
 
     None when one of them begins before its span.
     """
@@ -160,25 +199,19 @@ def ranges_in(piece: Piece, ends: np.ndarray, lead: int) -> list[tuple[int, int]
         first, last = ends.searchsorted([begins, stops - 1], "right").tolist()
         if (ends[first - 1] if first else 0) != begins:
             return None
-        ranges.append((first + lead, last + 1 + lead))
+        ranges.append((first, last + 1))
     return ranges
 
 
-def encode_with_offsets(pieces: list[Piece], backend: Any) -> None:
+def encode_with_offsets(pieces: list[Piece], backend: Tokenizer, bos: list[int]) -> None:
     """Encode pieces with the library's own character offsets; `ranges` stays None as in `encode_spelled`."""
-    add_bos = pieces[0].add_bos
-    for piece, encoding in zip(
-        pieces, backend.encode_batch([p.text for p in pieces], add_special_tokens=add_bos), strict=True
-    ):
-        piece.ids = np.array(encoding.ids, dtype=np.int32)
-        piece.labels = np.full(len(piece.ids), IGNORED, dtype=np.int32)
+    encodings = backend.encode_batch([piece.text for piece in pieces], add_special_tokens=False) if pieces else []
+    for piece, encoding in zip(pieces, encodings, strict=True):
         ranges = [token_range(encoding, *span) for span in piece.spans]
         firsts = zip(ranges, piece.spans, strict=True)
-        if not add_bos and not all(starts_at(encoding, first, span[0]) for (first, _), span in firsts):
-            continue
-        piece.ranges = [(0, len(encoding))] if add_bos and piece.spans[0][0] == 0 else ranges
-        for first, last in piece.ranges:
-            piece.labels[first:last] = piece.ids[first:last]
+        clear = all(span[0] == 0 or starts_at(encoding, first, span[0]) for (first, _), span in firsts)
+        ids = np.array(encoding.ids, dtype=np.int32)
+        settle(piece, ids, np.full(len(ids), IGNORED, dtype=np.int32), ranges if clear else None, bos)
 
 
 def token_range(encoding: Any, start: int, end: int) -> tuple[int, int]:
@@ -198,7 +231,7 @@ def starts_at(encoding: Any, token: int, start: int) -> bool:
     return encoding.token_to_chars(token)[0] == start and (not token or encoding.token_to_chars(token - 1)[1] == start)
 
 
-def encode_apart(piece: Piece, tokenizer: PreTrainedTokenizerBase, bos: Sequence[int] = ()) -> None:
+def encode_apart(piece: Piece, spelling: Spelling) -> None:
     """Encode a text part by part; control tokens that a user spelled out, which are marked, become plain text.
 
     Pieces between marks and span ends are encoded one by one, as inference encodes a prompt apart from its answer.
@@ -206,29 +239,47 @@ def encode_apart(piece: Piece, tokenizer: PreTrainedTokenizerBase, bos: Sequence
     said = np.zeros(len(piece.text), dtype=bool)
     for start, end in piece.spans:
         said[start:end] = True
-    marks = set() if piece.add_bos else marks_in(piece.text)
-    bounds = sorted({0, len(piece.text), *(bound for span in piece.spans for bound in span)} | marks)
-    ids: list[int] = [*bos]
-    labels: list[int] = [IGNORED] * len(ids)
+    marked = [] if piece.add_bos else marked_stretches(piece.text)
+    inside = {bound for stretch in (*piece.spans, *marked) for bound in stretch}
+    bounds = sorted({0, len(piece.text)} | inside)
+    literal = {start for start, _ in marked}
+    ids: list[int] = []
+    labels: list[int] = []
     for start, end in zip(bounds, bounds[1:], strict=False):
-        literal = start in marks and piece.text[start] == OPEN
-        text = piece.text[start:end].strip(OPEN + CLOSE) if marks else piece.text[start:end]
-        part = encode_alone(text, tokenizer, literal)
+        text = piece.text[start + 1 : end - 1] if start in literal else piece.text[start:end]
+        part = encode_alone(text, spelling.inner, start in literal)
         ids += part
         labels += part if said[start] else [IGNORED] * len(part)
-    piece.ids, piece.labels = np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32)
+    bos = spelling.bos if piece.add_bos else []
+    piece.ids = np.array([*bos, *ids], dtype=np.int32)
+    piece.labels = np.array([IGNORED] * len(bos) + labels, dtype=np.int32)
     piece.ranges = ranges_of(piece.labels)
 
 
-def marks_in(text: str) -> set[int]:
-    """Where marked stretches begin and end."""
-    return {place + (mark == CLOSE) for place, mark in enumerate(text) if mark in (OPEN, CLOSE)}
+def marked_stretches(text: str) -> list[tuple[int, int]]:
+    """Where marked stretches begin and end, marks included. Raises `ValueError` when a template took one apart."""
+    stretches, opened = [], None
+    for place in (found.start() for found in re.finditer(f"[{OPEN}{CLOSE}]", text)):
+        if (text[place] == OPEN) != (opened is None):
+            raise ValueError(TAKEN_APART)
+        if opened is None:
+            opened = place
+        else:
+            stretches.append((opened, place + 1))
+            opened = None
+    if opened is not None:
+        raise ValueError(TAKEN_APART)
+    return stretches
 
 
-def encode_alone(text: str, tokenizer: PreTrainedTokenizerBase, literal: bool) -> list[int]:
+TAKEN_APART = "a control token is spelled out where the chat template takes texts apart; remove it from the row"
+
+
+def encode_alone(text: str, inner: Tokenizer, literal: bool) -> list[int]:
     """Ids of a stretch of text; `literal`: control tokens as the text they are. Raises `ValueError` if it cannot."""
-    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=literal) if text else []
-    if literal and tokenizer.convert_tokens_to_ids(text) in ids:
+    inner.encode_special_tokens = literal
+    ids = inner.encode(text, add_special_tokens=False).ids
+    if literal and inner.token_to_id(text) in ids:
         raise ValueError(f"{text!r} stands in a content and this tokenizer has no way to encode it as text; remove it")
     return ids
 

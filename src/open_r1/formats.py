@@ -20,6 +20,7 @@ Row = dict[str, Any]
 RESERVED = {"messages", "conversations", "tools", "template", "chat_template", "add_generation_prompt"}
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
 ROLES |= {"observation": "tool", "ipython": "tool", "function": "tool"}
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -127,7 +128,8 @@ def for_template(row: Row, tools: str = "tools", chat_template_kwargs: str = "ch
         kept["chat_template_kwargs"] = arguments
     if not kept:
         return kept
-    if isinstance(kept.get("tools"), str):
+    text = isinstance(kept.get("tools"), str)
+    if text:
         try:
             kept["tools"] = json.loads(kept["tools"])
         except ValueError as error:
@@ -137,7 +139,7 @@ def for_template(row: Row, tools: str = "tools", chat_template_kwargs: str = "ch
     given = kept.get("chat_template_kwargs", {})
     if not isinstance(given, dict) or RESERVED & given.keys():
         raise ValueError(f"{chat_template_kwargs} must hold arguments of the template, not {brief(given)}")
-    return {key: without_nulls(value) for key, value in kept.items()}
+    return {key: value if text and key == "tools" else without_nulls(value) for key, value in kept.items()}
 
 
 def without_nulls(value: Any) -> Any:
@@ -156,7 +158,7 @@ def from_tokens(row: Row) -> Row:
     """Rows that somebody tokenised already: `input_ids`, and `labels` or TRL's masks of the same length."""
     ids = row["input_ids"]
     labels = row.get("labels", ids)
-    masks = [row[name] for name in ("completion_mask", "assistant_masks") if row.get(name) is not None]
+    masks = [row[name] for name in ("completion_mask", "assistant_masks") if name in row]
     for name, values in (("input_ids", ids), ("labels", labels), *(("a mask", mask) for mask in masks)):
         if (
             not isinstance(values, list)
@@ -313,6 +315,8 @@ def message_of(message: Any, index: int) -> Row:
         raise ValueError(
             f"message {index} has content in parts (images?); only text is trained here: {brief(content)}"
         )
+    if any(name in said and not isinstance(said[name], str) for name in THOUGHTS):
+        raise ValueError(f"message {index} ({role}) has reasoning that is no text; found {brief(message)}")
     calls = said.get("tool_calls")
     if not isinstance(content, str) and not (content is None and calls):
         raise ValueError(f"message {index} ({role}) has no content; found {brief(content)}")
@@ -329,6 +333,9 @@ def message_of(message: Any, index: int) -> Row:
 
 def check_turns(messages: list[Row]) -> None:
     """Raise `ValueError` when messages are no conversation: turns that are empty, or in an order that cannot be."""
+    first = next((message["role"] for message in messages if message["role"] not in ("system", "developer")), "user")
+    if first != "user":
+        raise ValueError(f"the conversation starts with the {first}: there is no prompt that it answers")
     before = ""
     for index, message in enumerate(messages):
         role, content = message["role"], message.get("content") or ""
@@ -342,7 +349,7 @@ def check_turns(messages: list[Row]) -> None:
         if role == "tool" and not called:
             raise ValueError(f"message {index} is a tool's answer, but the message before it calls none")
         spoken = role == "user" or (role == "assistant" and not message.get("tool_calls"))
-        if spoken and not content.strip() and not message.get("reasoning_content") and not message.get("thinking"):
+        if spoken and not content.strip() and not any(message.get(name) for name in THOUGHTS):
             raise ValueError(f"message {index} ({role}) is empty; found {brief(content)}")
         before = role
 

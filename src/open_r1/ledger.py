@@ -15,6 +15,7 @@ from open_r1.errors import UserError
 logger = logging.getLogger(__name__)
 Entry = dict[str, Any]
 BAD_ROW = "bad row: "  # how the reason for dropping a row begins where the row is at fault
+REASONS_SHOWN = 5  # on screen; ledger.json has all
 LENGTHS = ("p50", "p90", "p99", "max")
 # The columns of the two tables on screen.
 ROWS_SHOWN = {
@@ -37,13 +38,14 @@ TOKENS_SHOWN = {
     **{key: key for key in LENGTHS},
 }
 SUMMED = ("tokens", "supervised", "cut", "answers", "lost_end", "masked_turns", "control_tokens", "stop_added")
+SUMMED += ("split",)
 
 
-def entry_of(name: str, source_rows: int, drawn: np.ndarray, columns: dict[str, np.ndarray], splits: bool) -> Entry:
+def entry_of(name: str, source_rows: int, drawn: np.ndarray, columns: dict[str, np.ndarray]) -> Entry:
     """What became of one source.
 
     Args: `drawn[i]` is how often its chosen row i is in the mixture; `columns` are the tokenised table's counts, one
-    value a tokenised row; `splits` whether additional rows come from splitting texts, not from expanding turns.
+    value a tokenised row.
     """
     times = drawn[columns["row"]]
     kept = np.equal(columns["dropped"], None)
@@ -57,9 +59,8 @@ def entry_of(name: str, source_rows: int, drawn: np.ndarray, columns: dict[str, 
         "source": name,
         "rows_in_source": source_rows,
         "rows_in": int(drawn.sum()),
-        "expanded": 0 if splits else extra,
-        "split": extra if splits else 0,
-        "expanded_tokens": 0 if splits else growth(columns["row"], columns["tokens"], times),
+        "expanded": extra - sums["split"],
+        "expanded_tokens": 0 if sums["split"] else growth(columns["row"], columns["tokens"], times),
         "trained": int(times[kept].sum()),
         "dropped": dict(dropped),
         "truncated": int(times[kept & (columns["cut"] > 0)].sum()),
@@ -207,8 +208,12 @@ def show(ledger: Entry) -> None:
             "train: %d rows ask what the evaluation data asks; dedup: true drops them", ledger["asked_in_eval"]
         )
     for entry in ledger["sources"]:
-        for reason, count in entry["dropped"].items():
+        dropped = Counter(entry["dropped"]).most_common()
+        for reason, count in dropped[:REASONS_SHOWN]:
             logger.warning("%s %s: %d rows dropped: %s", ledger["part"], entry["source"], count, reason)
+        if rest := dropped[REASONS_SHOWN:]:
+            count = sum(count for _, count in rest)
+            logger.warning("%s %s: %d more rows for other reasons", ledger["part"], entry["source"], count)
         if entry["truncated"]:
             logger.warning(
                 "%s %s: %d rows are longer than max_length; %d tokens are cut off and %d answers lost their end",

@@ -7,6 +7,8 @@ collective meanwhile.
 import hashlib
 import json
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,9 +92,8 @@ class Tokenized:
     def without(self, mask: np.ndarray, reason: str) -> "Tokenized":
         """The same where the raw rows of `mask` are dropped for `reason`, unless they are already."""
         gone = mask[self.counts["row"]] & self.trained
-        counts = {
-            name: np.where(gone, 0, values) if name in COUNTS else values for name, values in self.counts.items()
-        }
+        counts = dict(self.counts)
+        counts |= {name: np.where(gone, 0, counts[name]) for name in COUNTS if name != "split"}
         counts["dropped"] = np.where(gone, reason, counts["dropped"])
         return replace(self, counts=counts)
 
@@ -103,6 +104,10 @@ def prepare(
     """Prepare the data of a recipe and show its ledger. Raises `UserError` for data that cannot be trained on."""
     if unknown := set(training_args.dataset_kwargs or {}) - {"skip_prepare_dataset"}:
         raise UserError(f"dataset_kwargs: {', '.join(sorted(unknown))} is not known; data is prepared from other keys")
+    if training_args.supervision == "template" and not re.search(r"\{%-?\s*generation\b", tokenizer.chat_template):
+        raise UserError(
+            "supervision: template needs {% generation %} blocks, and the chat template has none; leave it out"
+        )
     args, mixture = training_args, script_args.dataset_mixture
     with FileLock(lock_path(script_args)):
         sources, held_out = load_sources(script_args, args.dataset_text_field, args.do_eval)
@@ -213,7 +218,6 @@ def assemble(
 ) -> Part:
     """Lay out tokenised rows as `order` draws them, without what was dropped, and pack."""
     of, rows = columns_of(order)
-    splits = Supervision.of(args, packing).on_long_row == "split"
     entries, rejected, start = [], [], 0
     first, last = np.zeros(len(order), dtype=np.int64), np.zeros(len(order), dtype=np.int64)
     for number, table in enumerate(tables):
@@ -222,13 +226,15 @@ def assemble(
         first[mine] = start + np.searchsorted(counts["row"], position, side="left")
         last[mine] = start + np.searchsorted(counts["row"], position, side="right")
         drawn = np.bincount(position, minlength=len(table.rows))
-        entries.append(ledger.entry_of(table.source.name, len(table.source.rows), drawn, counts, splits))
+        entries.append(ledger.entry_of(table.source.name, len(table.source.rows), drawn, counts))
         rejected += rejections(part, table, drawn)
         start += len(table.tokens)
     places = ranges(first, last)
     places = places[np.concatenate([table.trained for table in tables])[places]]
     if len(places) == 0:
-        raise UserError(f"no row of the {part} data has a supervised token within max_length {args.max_length}")
+        why = Counter(reason for entry in entries for reason in Counter(entry["dropped"]).elements())
+        because = "; ".join(f"{count} rows: {reason}" for reason, count in why.most_common(3)) or "none is drawn"
+        raise UserError(f"no row of the {part} data can be trained on within max_length {args.max_length}: {because}")
     if args.shuffle_dataset:
         places = np.random.default_rng(args.seed).permutation(places)
     together = [with_ids(table.tokens, n, table.rows[table.counts["row"]]) for n, table in enumerate(tables)]

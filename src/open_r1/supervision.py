@@ -6,6 +6,7 @@ whole conversation is not what inference would have produced is never supervised
 masked, or is an error, as the recipe says. Nothing is guessed: a turn that cannot be told is a `ValueError`.
 """
 
+import json
 import os
 import re
 from collections import Counter
@@ -21,6 +22,7 @@ Rendering = tuple[str, list[tuple[int, int]]]
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, put around control tokens that a user spelled out
 PROBE = "x7q"
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that transformers reads reasoning from
 PLAIN_ROLES = ("system", "user", "assistant")
 EMPTY_REASONING = re.compile(r"\s*(<think>)?\s*</think>\s*")
 PREFILL = re.compile(r"<think>\s*(</think>\s*)?$")
@@ -33,7 +35,8 @@ class Template:
     `stop` ends the assistant's turn; `stops` finds it where the template wrote it, and `endings` any special token at
     the end of a text. `prompt` is the generation prompt when the template only ever appends and writes
     contents as they are, None otherwise: then one rendering of a conversation tells its spans. `control` matches the
-    tokens that structure a conversation.
+    tokens that structure a conversation. `text_arguments` says whether it takes the arguments of a tool call as text
+    or, false, as a mapping; None when it takes neither.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Template:
     endings: re.Pattern
     control: re.Pattern
     prompt: str | None
+    text_arguments: bool | None
 
     def render(self, messages: Messages, prompt: bool = False, **kwargs: Any) -> str:
         """The conversation as text, with the generation prompt behind it when `prompt`."""
@@ -72,6 +76,7 @@ class Turn:
     response: str
     prefill: str
     skipped: int
+    stop_added: bool
 
     @property
     def block(self) -> bool:
@@ -88,6 +93,7 @@ def probe_template(tokenizer: PreTrainedTokenizerBase) -> Template:
     """Learn what a tokenizer's template does by rendering short conversations with it."""
     added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special -= {"<think>", "</think>"}  # an answer may hold its reasoning
     text = tokenizer.chat_template
     text = text["default"] if isinstance(text, dict) else text
     bare = Template(
@@ -99,6 +105,7 @@ def probe_template(tokenizer: PreTrainedTokenizerBase) -> Template:
         endings=re.compile(f"(?:{any_of(sorted(special)).pattern})$"),
         control=re.compile("(?!)"),
         prompt=None,
+        text_arguments=None,
     )
     turns = [{"role": role, "content": f"{PROBE}{n}"} for n, role in enumerate(["user", "assistant"] * 2)]
     shown = bare.render(turns) + bare.render(turns[:1], prompt=True)
@@ -108,6 +115,7 @@ def probe_template(tokenizer: PreTrainedTokenizerBase) -> Template:
             **vars(bare),
             "control": any_of(sorted(special | delimiters)),
             "prompt": constant_prompt(bare, turns),
+            "text_arguments": argument_type(bare, turns[0]),
         }
     )
 
@@ -131,13 +139,46 @@ def constant_prompt(template: Template, turns: Messages) -> str | None:
             break  # the template refuses system messages, in whatever way it does: no row can hold one
         prompt = template.render(messages[:-1], prompt=True)[len(template.render(messages[:-1])) :]
         spans = spans_at_a_glance(messages, whole, prompt, template.stop)
-        if not prompt or spans is None:
+        if not prompt or spans is None or PREFILL.search(prompt):
             return None
         for index, (start, end) in zip((len(messages) - 3, len(messages) - 1), spans, strict=True):
             before, after = template.render(messages[:index], prompt=True), template.render(messages[: index + 1])
             if whole[:start] != before or not whole.startswith(after) or len(after) < end:
                 return None
     return prompt
+
+
+def argument_type(template: Template, question: dict[str, Any]) -> bool | None:
+    """`text_arguments` of a template: a mapping where it takes one, as transformers documents it."""
+    for given in ({PROBE: 1}, f'{{"{PROBE}": 1}}'):
+        call = {"id": "abcdef123", "type": "function", "function": {"name": "f", "arguments": given}}
+        try:
+            if PROBE in template.render([question, {"role": "assistant", "content": "", "tool_calls": [call]}]):
+                return isinstance(given, str)
+        except Exception:
+            continue  # the template refuses it, in whatever way it does
+    return None
+
+
+def with_arguments(message: dict[str, Any], as_text: bool) -> dict[str, Any]:
+    """A message whose tool calls hold their arguments as text, or as the mapping that the text is."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function", call)
+        given = function.get("arguments")
+        if as_text and isinstance(given, dict):
+            function = {**function, "arguments": json.dumps(given, ensure_ascii=False)}
+        elif not as_text and isinstance(given, str):
+            try:
+                function = {**function, "arguments": json.loads(given) if given.strip() else {}}
+            except ValueError as error:
+                raise ValueError(
+                    f"the arguments of a tool call are text that is not JSON: {error}; {given[:60]!r}"
+                ) from None
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": calls}
 
 
 def spans_at_a_glance(messages: Messages, whole: str, prompt: str, stop: str) -> list[tuple[int, int]] | None:
@@ -185,7 +226,10 @@ def conversation_rows(
         turn = turn_at_inference(messages, index, whole, template, counts, kwargs)
         skipped = turn.skipped if empty_reasoning == "mask" else 0
         text, start = turn.prompt + turn.response, len(turn.prompt)
-        if whole.startswith(text):
+        if turn.stop_added and whole.startswith(text.removesuffix(template.stop)):
+            counts["expanded"] += 1  # not rewritten, but only on its own it can end with a stop token
+            rows.append((text, [(start + skipped, len(text))]))
+        elif whole.startswith(text):
             spans.append((start + skipped, len(text)))
         elif turn.block and empty_reasoning == "mask" and whole.startswith(turn.without_block):
             end = len(turn.without_block)  # the empty block is only there at the turn's own inference
@@ -214,12 +258,12 @@ def turn_at_inference(
     """What inference would see before turn `index`, and what the model has to say then."""
     message = messages[index]
     content = message.get("content") or ""
-    reasoning = message.get("reasoning_content") or message.get("thinking") or ""
+    reasoning = next((message[name] for name in REASONING if message.get(name)), "")
     if index == 0:
         raise ValueError("the conversation starts with the assistant: there is no prompt that it answers")
     prompt = template.render(messages[:index], prompt=True, **kwargs)
     own = whole if index == len(messages) - 1 else template.render(messages[: index + 1], **kwargs)
-    has_reasoning = bool(reasoning) or content.lstrip().startswith("<think>")
+    has_reasoning = bool(reasoning) or (content.lstrip().startswith("<think>") and "</think>" in content)
     said = own[len(prompt) :] if own.startswith(prompt) else None
     prefill = PREFILL.search(prompt)
     if prefill and not prefill[1] and content.lstrip().startswith("<think>"):
@@ -244,7 +288,7 @@ def turn_at_inference(
     skipped = injected.end() if injected else 0
     if skipped and content[:1].isspace():  # which the pattern takes for the block's
         skipped = max(0, min(skipped, len(around(messages, index, template, kwargs)[0]) - len(prompt)))
-    return Turn(prompt, response, prefill[0] if prefill else "", skipped)
+    return Turn(prompt, response, prefill[0] if prefill else "", skipped, added)
 
 
 def behind_last_message(
@@ -327,7 +371,7 @@ def mark_control_tokens(value: Any, control: re.Pattern) -> Any:
         clean = value.replace(OPEN, "").replace(CLOSE, "")
         return control.sub(lambda found: f"{OPEN}{found[0]}{CLOSE}", clean)
     if isinstance(value, dict):
-        return {key: mark_control_tokens(item, control) for key, item in value.items()}
+        return {mark_control_tokens(key, control): mark_control_tokens(item, control) for key, item in value.items()}
     if isinstance(value, list):
         return [mark_control_tokens(item, control) for item in value]
     return value

@@ -5,19 +5,26 @@ intermediate column is written.
 """
 
 import hashlib
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import tokenizers
+import transformers
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from open_r1.cache import Key, digest, prepared_table
+from open_r1 import encoding, formats, supervision
+from open_r1.cache import Key, digest, file_digest, prepared_table
 from open_r1.data import Source, places_of
-from open_r1.encoding import IGNORED, Piece, Spelling, encode_apart, encode_pieces, ranges_of, spelling_of
+from open_r1.encoding import IGNORED, TAKEN_APART, Piece, Spelling, encode_pieces, ranges_of, spelling_of
 from open_r1.errors import BadRow, UserError
 from open_r1.formats import Row, prompt_id
 from open_r1.ledger import BAD_ROW
@@ -30,13 +37,14 @@ from open_r1.supervision import (
     is_plain,
     mark_control_tokens,
     probe_template,
+    with_arguments,
 )
 
 if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
 
-VERSION = 6  # part of the cache key: raise it whenever this package would tokenise a row differently
 COUNTS = ("tokens", "supervised", "cut", "answers", "lost_end", "masked_turns", "control_tokens", "stop_added")
+COUNTS += ("split",)
 FEATURES = Features(
     {
         "input_ids": List(Value("int32")),  # empty in a row that was dropped
@@ -51,8 +59,9 @@ FEATURES = Features(
 """What the counts count, per row: `tokens` kept; `supervised` of them, as far as they enter the loss; `cut` tokens
 beyond max_length; `answers` the supervised stretches and `lost_end` those of them whose end was cut off;
 `masked_turns` rewritten and not trained; `control_tokens` spelled out in contents and encoded as text; `stop_added`
-stop tokens that the template does not write."""
+stop tokens that the template does not write; `split` is 1 for every part of a text but the first."""
 SCHEMA = FEATURES.arrow_schema
+ESCAPED_MARK = re.compile(r"\\ufdd[01]", re.IGNORECASE)  # a template that prints what `repr` makes of a value
 BATCH_ROWS, BATCH_BYTES = 256, 2**21  # raw rows tokenised at once: whichever is less
 
 
@@ -96,7 +105,8 @@ def tokenize_source(
     content, so that other ranks and later runs read it. Raises `UserError` naming source and row.
     """
     chosen = source.rows if len(rows) == len(source.rows) else source.rows.select(rows)
-    average = source.rows.data.nbytes // len(source.rows) + 1
+    # Rows may be sorted by length, so the longest stretch of them counts.
+    average = max(batch.nbytes // batch.num_rows for batch in source.rows.data.to_batches() if batch.num_rows) + 1
     size = max(1, min(BATCH_ROWS, BATCH_BYTES // average))
 
     def write(path: str) -> None:
@@ -140,7 +150,8 @@ def table_key(source: Source, rows: np.ndarray, tokenizer: PreTrainedTokenizerBa
     backend.no_padding()
     return {
         "what": f"{source.name}, tokenised",
-        "code": VERSION,
+        "code": [file_digest(module.__file__) for module in (formats, supervision, encoding, sys.modules[__name__])],
+        "libraries": [tokenizers.__version__, transformers.__version__],
         "contents": source.contents or source.rows._fingerprint,
         "rows": hashlib.sha256(np.asarray(rows, dtype=np.int64).tobytes()).hexdigest()[:32],
         "columns": [
@@ -183,7 +194,7 @@ def encode_batch(
     *,
     to_row: Callable[[Row], Row],
     tokenizer: PreTrainedTokenizerBase,
-    spelling: Spelling | None,
+    spelling: Spelling,
     template: Template | None,
     how: Supervision,
 ) -> pa.Table:
@@ -191,23 +202,55 @@ def encode_batch(
     pieces: list[Piece] = []
     columns = [batch[name] for name in batch]
     for index, values in zip(indices, zip(*columns, strict=True), strict=True):
-        try:
-            row = to_row(dict(zip(batch, values, strict=True)))
-            made, prompt = row_pieces(row, index, tokenizer, template, how), prompt_id(row)
-            for piece in made:
-                piece.prompt = prompt
-                if OPEN in piece.text and not piece.add_bos:
-                    encode_apart(piece, tokenizer)
-            pieces += made
-        except (NameError, MemoryError):
-            raise  # not the row's fault
-        except Exception as error:  # also a template may raise anything; it is still this row's fault
-            problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            if how.on_bad_row == "error":
-                raise BadRow(index, problem) from error
-            pieces.append(Piece(index, dropped=f"{BAD_ROW}{problem}", prompt=index))
-    encode_pieces([piece for piece in pieces if piece.spans is not None], tokenizer, spelling)
+        raw = dict(zip(batch, values, strict=True))
+        make = partial(made_of, raw, index, to_row, tokenizer, template, how)
+        pieces += of_row(make, index, how)
+    unencoded = [piece for piece in pieces if piece.spans is not None]
+    try:
+        encode_pieces(unencoded, tokenizer, spelling)
+    except Exception:  # some row of them cannot be encoded: one by one they tell which
+        rows = [list(row) for _, row in groupby(pieces, attrgetter("row"))]
+        pieces = [piece for row in rows for piece in encoded(row, tokenizer, spelling, how)]
     return table_of([cut for piece in pieces for cut in fit_length(piece, how)])
+
+
+def encoded(row: list[Piece], tokenizer: PreTrainedTokenizerBase, spelling: Spelling, how: Supervision) -> list[Piece]:
+    """The pieces of one row, encoded."""
+
+    def encode() -> list[Piece]:
+        encode_pieces([piece for piece in row if piece.spans is not None], tokenizer, spelling)
+        return row
+
+    return of_row(encode, row[0].row, how)
+
+
+def of_row(make: Callable[[], list[Piece]], index: int, how: Supervision) -> list[Piece]:
+    """The pieces that `make` makes of row `index`; a row that it cannot be done with is dropped or a `BadRow`."""
+    try:
+        return make()
+    except (NameError, MemoryError):
+        raise  # not the row's fault
+    except Exception as error:  # also a template may raise anything; it is still this row's fault
+        problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        if how.on_bad_row == "error":
+            raise BadRow(index, problem) from error
+        return [Piece(index, dropped=f"{BAD_ROW}{problem}", prompt=index)]
+
+
+def made_of(
+    raw: Row,
+    index: int,
+    to_row: Callable[[Row], Row],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template | None,
+    how: Supervision,
+) -> list[Piece]:
+    """The pieces of a raw row, not yet encoded, that know what it asks."""
+    row = to_row(raw)
+    pieces, prompt = row_pieces(row, index, tokenizer, template, how), prompt_id(row)
+    for piece in pieces:
+        piece.prompt = prompt
+    return pieces
 
 
 def row_pieces(
@@ -239,6 +282,8 @@ def row_pieces(
         for index, message in enumerate(messages)
         if message["role"] == "assistant" and index >= given and index not in untrained
     ]
+    if template.text_arguments is not None:
+        messages = [with_arguments(message, as_text=template.text_arguments) for message in messages]
     renderings, counts = render_conversation(messages, given, turns, template_kwargs(row), template, how)
     if not renderings:
         return [Piece(index, counts, dropped="every turn is rewritten by the template")]
@@ -291,6 +336,8 @@ def render_conversation(
         )
     if spelled:
         counts["control_tokens"] = spelled
+        if any(ESCAPED_MARK.search(text) for text, _ in renderings):
+            raise ValueError(TAKEN_APART)
     return renderings, counts
 
 
@@ -299,7 +346,7 @@ def texts_in(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):
-        value = list(value.values())
+        value = [*value, *value.values()]
     return [text for item in value for text in texts_in(item)] if isinstance(value, list) else []
 
 
@@ -318,11 +365,15 @@ def fit_length(piece: Piece, how: Supervision) -> list[Piece]:
     if how.on_long_row == "error":
         raise BadRow(piece.row, f"{size} tokens exceed max_length {limit}; raise it, or set on_long_row")
     if how.on_long_row == "drop":
-        return [Piece(piece.row, {"cut": size}, dropped="longer than max_length", prompt=piece.prompt)]
+        counts = {**piece.counts, "cut": size}
+        return [Piece(piece.row, counts, dropped="longer than max_length", prompt=piece.prompt)]
     if how.on_long_row == "split":
-        if not piece.add_bos:
+        if not piece.add_bos or piece.spans != [(0, len(piece.text))]:
             raise BadRow(piece.row, "on_long_row: split is for plain text; an answer cut in pieces teaches no answer")
-        return [part_of(piece, start, min(start + limit, size)) for start in range(0, size, limit)]
+        parts = [part_of(piece, start, min(start + limit, size)) for start in range(0, size, limit)]
+        for part in parts[1:]:
+            part.counts["split"] = 1
+        return parts
     kept = part_of(piece, size - limit, size) if how.keep_end else part_of(piece, 0, limit)
     kept.counts["cut"] = kept.counts.get("cut", 0) + size - limit
     kept.counts["answers"] = len(piece.ranges)
@@ -338,7 +389,7 @@ def part_of(piece: Piece, start: int, end: int) -> Piece:
     supervised = sum(max(0, min(last, end) - max(first, start + 1)) for first, last in piece.ranges)
     answers = sum(first < end and last > start for first, last in piece.ranges)
     if not supervised:
-        counts = {"cut": end - start, "answers": answers}
+        counts = {**piece.counts, "cut": end - start, "answers": answers}
         return Piece(piece.row, counts, dropped="nothing supervised in it", prompt=piece.prompt)
     counts = {**piece.counts, "tokens": end - start, "supervised": supervised, "answers": answers}
     ids, labels = piece.ids[start:end], piece.labels[start:end]
