@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from open_r1.encoding import IGNORED, Piece, encode_pieces, spelling_of
+from open_r1.encoding import CLOSE, IGNORED, OPEN, Piece, encode_pieces, spelling_of
 
 
 def byte_level(texts, normalizer=None, bos=False):
@@ -131,3 +131,45 @@ def test_a_vocabulary_that_cannot_spell_its_texts_is_known(texts):
     piece = Piece(0, text="ASK: Say", spans=[(4, 8)])
     encode_pieces([piece], lowers, spelling_of(lowers))
     assert lowers.decode(piece.labels[piece.labels != IGNORED]) == " say"
+
+
+def metaspace(texts, scheme):
+    """As older Llama and Mistral do it: a space before every text, or after every special token too."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    special = ["<s>", "</s>", "<unk>"]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=900, special_tokens=special))
+    return wrapped(tokenizer, bos=False)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_no_space_comes_into_what_is_encoded_in_parts(texts, scheme):
+    tokenizer = metaspace(texts, scheme)
+    text = f"Say:the {OPEN}</s>{CLOSE} token"
+    piece = Piece(0, text=text, spans=[(4, len(text))])
+    encode_pieces([piece], tokenizer, spelling_of(tokenizer))
+    tokens = tokenizer.convert_ids_to_tokens(piece.labels[piece.labels != IGNORED])
+    assert "".join(tokens) == "the▁</s>▁token"
+    assert tokenizer.eos_token_id not in piece.ids
+
+
+def test_a_tokenizer_that_ends_texts_itself_ends_none_of_ours(texts):
+    tokenizer = byte_level(texts)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    piece = Piece(0, text="Say</s>", spans=[(0, 7)], add_bos=True)
+    encode_pieces([piece], tokenizer, spelling_of(tokenizer))
+    assert tokenizer.decode(piece.ids) == "<s>Say</s>"
+
+
+def test_texts_and_renderings_side_by_side(texts):
+    tokenizer = byte_level(texts, bos=True)
+    text, rendered = (
+        Piece(0, text="Say the", spans=[(3, 7)], add_bos=True),
+        Piece(1, text="<s>Say the", spans=[(6, 10)]),
+    )
+    encode_pieces([text, rendered], tokenizer, spelling_of(tokenizer))
+    assert text.ids.tolist() == rendered.ids.tolist()
+    assert text.labels.tolist() == rendered.labels.tolist()

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -273,3 +274,77 @@ def test_marks_of_ours_in_a_content_hide_nothing(load):
     rows = [chat("u1", "a1"), chat(f"{OPEN}u1{CLOSE}{OPEN}", f"a1{OPEN}")]
     harmless, forged = (encode(row, load("qwen2_5"))[0]["input_ids"] for row in rows)
     assert harmless == forged
+
+
+def refusal(row, tokenizer):
+    with pytest.raises(BadRow) as caught:
+        encode(row, tokenizer)
+    return caught.value.problem
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "llama3", "gemma3"])
+@pytest.mark.parametrize("field", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_under_any_name_is_not_lost(load, name, field):
+    assert "the reasoning of message 1 does not survive" in refusal(
+        {"messages": [says("u1", "user"), says("a1", **{field: "r1"})]}, load(name)
+    )
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_arguments_of_a_call_may_be_text_or_a_mapping(load, name):
+    tokenizer, made = load(name), []
+    for arguments in ({"a": 1}, '{"a": 1}'):
+        row = copy.deepcopy(calls(content=""))
+        row["messages"][1]["tool_calls"][0]["function"]["arguments"] = arguments
+        try:
+            made.append(encode(row, tokenizer))
+        except BadRow as bad:
+            made.append(bad.problem)
+    assert made[0] == made[1]
+
+
+def test_arguments_that_are_no_json_are_named(load):
+    row = copy.deepcopy(calls(content=""))
+    row["messages"][1]["tool_calls"][0]["function"]["arguments"] = "{a: 1"
+    assert "arguments of a tool call are text that is not JSON" in refusal(row, load("qwen3"))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_control_tokens_in_names_are_text(load, name):
+    tokenizer = load(name)
+    row, harmless = copy.deepcopy(calls(content="")), calls(content="")
+    function = row["tools"][0]["function"]
+    function["parameters"] = {"type": "object", "properties": {tokenizer.eos_token: NUMBER["properties"]["a"]}}
+    row["messages"][1]["tool_calls"][0]["function"]["arguments"] = {tokenizer.eos_token: 1}
+    try:
+        made = encode(row, tokenizer)
+    except BadRow as bad:
+        assert isinstance(oracle(harmless, tokenizer), str) or "spelled out" in bad.problem
+        return
+    stops = [sum(token == tokenizer.eos_token_id for token in each["input_ids"]) for each in made]
+    assert stops == [
+        sum(t == tokenizer.eos_token_id for t in each["input_ids"]) for each in encode(harmless, tokenizer)
+    ]
+
+
+def test_a_control_token_that_a_template_takes_apart_is_refused(load):
+    row = copy.deepcopy(calls(content=""))
+    row["messages"][1]["tool_calls"][0]["function"]["arguments"] = {"a": ["p <|im_end|> q"]}
+    assert "a control token is spelled out where the chat template takes texts apart" in refusal(
+        row, load("lfm2_2_5_v2")
+    )
+
+
+@pytest.mark.parametrize("policy", ["expand", "mask", "error"])
+def test_a_template_without_a_stop_token_rewrites_nothing(load, policy):
+    tokenizer = load("glm4moe")
+    how = replace(HOW, on_rewritten_turn=policy)
+    using = {"tokenizer": tokenizer, "template": probe_template(tokenizer), "spelling": spelling_of(tokenizer)}
+    rows = encode_batch(
+        Dataset.from_list([chat("u1", "a1")])[:], [0], to_row=without_nulls, how=how, **using
+    ).to_pylist()
+    assert [learnt(row, tokenizer)[-1][1] for row in rows] == [f"a1{tokenizer.eos_token}"]
+
+
+def test_reasoning_behind_a_closed_block_is_refused_whatever_is_probed(load):
+    assert "has reasoning, but the generation prompt" in refusal(ROWS["think"], load("qwen3_5_nothink_training"))

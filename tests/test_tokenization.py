@@ -12,7 +12,7 @@ from open_r1.data import Source
 from open_r1.errors import UserError
 from open_r1.formats import row_function
 from open_r1.preparation import prepare
-from open_r1.tokenization import Supervision, tokenize_source
+from open_r1.tokenization import Supervision, encode_batch, tokenize_source
 
 CHAT = [
     {"role": "user", "content": "What is two and two?"},
@@ -270,3 +270,57 @@ class TestPrepare:
     def test_unknown_dataset_kwargs_are_refused(self, tiny_model, chat_file):
         with pytest.raises(UserError, match="dataset_kwargs: shuffel is not known"):
             self.prepare(tiny_model, chat_file, self.arguments(dataset_kwargs={"shuffel": True}))
+
+
+def test_the_last_turn_is_that_of_the_assistant(encode):
+    table, tokenizer = encode([{"messages": [*CHAT, {"role": "user", "content": "Thanks."}]}], supervision="last_turn")
+    assert supervised(table[0], tokenizer) == "Yes.<|im_end|>"
+
+
+def test_a_turn_that_is_not_to_be_trained_is_context(encode):
+    rows = [{"messages": [CHAT[0], {**CHAT[1], "train": False}, *CHAT[2:]]}]
+    for values in ({}, {"system_prompt": "Be kind."}):
+        table, tokenizer = encode(rows, **values)
+        assert supervised(table[0], tokenizer) == "Yes.<|im_end|>"
+    with pytest.raises(UserError, match="train: false, which supervision: full cannot heed"):
+        encode(rows, supervision="full")
+
+
+HALF = {"messages": CHAT[:2], "tools": '[{"type": "function", "function": {"name": "\\ud800"}}]'}
+
+
+@pytest.mark.parametrize("policy", ["drop", "error"])
+def test_what_cannot_be_encoded_is_this_rows_fault_alone(encode, policy):
+    rows = [{"messages": CHAT[:2], "tools": "[]"}, HALF, {"messages": CHAT[:2], "tools": "[]"}]
+    template = (
+        "{{ tools | tojson }}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{% endif %}"
+    )
+    values = {"chat_template": template, "supervision": "full", "on_bad_row": policy}
+    if policy == "error":
+        with pytest.raises(UserError, match=r"row 1 \(counting from 0\)"):
+            encode(rows, **values)
+        return
+    table, _ = encode(rows, **values)
+    assert [row["dropped"] is None for row in table] == [True, False, True]
+
+
+def test_long_rows_that_stand_together_are_read_few_at_once(monkeypatch, tmp_path, tiny_model):
+    sizes = []
+    original = encode_batch
+    monkeypatch.setattr(
+        "open_r1.tokenization.encode_batch",
+        lambda batch, indices, **how: sizes.append(len(indices)) or original(batch, indices, **how),
+    )
+    rows = [{"text": "word " * (20_000 if n > 1950 else 4)} for n in range(2000)]
+    arguments = SFTConfig(output_dir="unused", use_cpu=True, max_length=64)
+    tokenizer = get_tokenizer(ModelConfig(model_name_or_path=tiny_model), arguments)
+    prepare(ScriptArguments(dataset_name=write_jsonl(tmp_path / "rows.jsonl", rows)), arguments, tokenizer)
+    assert sum(sizes) == 2000 and max(sizes) < 256
+
+
+def test_supervision_by_markers_needs_markers(tiny_model, chat_file):
+    arguments = SFTConfig(output_dir="unused", use_cpu=True, supervision="template", chat_template="qwen3")
+    tokenizer = get_tokenizer(ModelConfig(model_name_or_path=tiny_model), arguments)
+    with pytest.raises(UserError, match="supervision: template needs {% generation %} blocks"):
+        prepare(ScriptArguments(dataset_name=chat_file), arguments, tokenizer)

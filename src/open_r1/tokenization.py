@@ -106,8 +106,8 @@ def tokenize_source(
     """
     chosen = source.rows if len(rows) == len(source.rows) else source.rows.select(rows)
     # Rows may be sorted by length, so the longest stretch of them counts.
-    average = max(batch.nbytes // batch.num_rows for batch in source.rows.data.to_batches() if batch.num_rows) + 1
-    size = max(1, min(BATCH_ROWS, BATCH_BYTES // average))
+    largest = max(batch.nbytes // len(batch) for batch in source.rows.data.to_batches(max_chunksize=BATCH_ROWS)) + 1
+    size = max(1, min(BATCH_ROWS, BATCH_BYTES // largest))
 
     def write(path: str) -> None:
         encode = partial(
