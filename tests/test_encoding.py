@@ -1,6 +1,7 @@
 """Bounds of tokens told by their bytes: exact for any kind of tokenizer, and never guessed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -76,7 +77,7 @@ def test_bytes_and_offsets_tell_the_same(make, texts):
     spelling = spelling_of(tokenizer)
     assert spelling.texts is not None
     sample = [*texts[:400], *HARD]
-    offsets = encoded(pieces_of(sample), tokenizer, spelling._replace(texts=None))
+    offsets = encoded(pieces_of(sample), tokenizer, replace(spelling, texts=None))
     assert encoded(pieces_of(sample), tokenizer, spelling) == offsets
 
 

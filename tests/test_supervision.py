@@ -107,7 +107,7 @@ def encode(row, tokenizer, offsets=False):
     using = {"to_row": without_nulls, "tokenizer": tokenizer, "template": probe_template(tokenizer), "how": HOW}
     spelling = spelling_of(tokenizer)
     assert spelling.texts is not None
-    spelling = spelling._replace(texts=None) if offsets else spelling
+    spelling = replace(spelling, texts=None) if offsets else spelling
     return encode_batch(Dataset.from_list([row])[:], [0], spelling=spelling, **using).to_pylist()
 
 

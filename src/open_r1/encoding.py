@@ -8,10 +8,11 @@ keep track of offsets, which it does for texts where the proof fails (an NFC tok
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -45,18 +46,24 @@ class Piece:
     prompt: int = 0
 
 
-class Spelling(NamedTuple):
+@dataclass
+class Spelling:
     """What encoding needs to know of a tokenizer.
 
     `texts` are the bytes that each token id stands for, None when they cannot be told from the vocabulary, and `sizes`
     how many they are; `bos` the ids that it puts before a text; `inner` encodes what stands inside a text: as the
-    tokenizer does, but without the space that some put before everything they are given.
+    tokenizer (`backend`) does, but without the space that some put before everything they are given.
     """
 
     texts: list[bytes] | None
     sizes: np.ndarray
     bos: list[int]
-    inner: Tokenizer
+    backend: Tokenizer
+
+    @cached_property
+    def inner(self) -> Tokenizer:
+        """Made when it is needed, which is rare."""
+        return without_prefix(self.backend)
 
 
 def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling:
@@ -78,8 +85,8 @@ def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling:
             texts[number] = token.replace("▁", " ").encode()
     bare, dressed = (backend.encode(SAMPLE, add_special_tokens=special).ids for special in (False, True))
     before = next((n for n in range(len(dressed)) if dressed[n : n + len(bare)] == bare), 0)
-    spelling = Spelling(texts, np.array([len(text) for text in texts]), dressed[:before], without_prefix(backend))
-    return spelling if spells(spelling, bare, SAMPLE) else spelling._replace(texts=None)
+    spelling = Spelling(texts, np.array([len(text) for text in texts]), dressed[:before], backend)
+    return spelling if spells(spelling, bare, SAMPLE) else replace(spelling, texts=None)
 
 
 def without_prefix(backend: Tokenizer) -> Tokenizer:

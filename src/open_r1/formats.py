@@ -10,7 +10,6 @@ import json
 import logging
 from collections.abc import Callable
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 from open_r1.errors import UserError
@@ -111,8 +110,13 @@ def prompt_id(row: Row) -> int:
     """64 bits of what a row in TRL's format asks first, white space aside: equal for rows with the same question."""
     prompt = row.get("messages", row.get("prompt"))
     if isinstance(prompt, list):
-        turns = takewhile(lambda message: message["role"] != "assistant", prompt)
-        prompt = "\n".join(message.get("content") or "" for message in turns if message["role"] == "user")
+        asked = []
+        for message in prompt:
+            if message["role"] == "assistant":
+                break
+            if message["role"] == "user":
+                asked.append(message["content"])
+        prompt = "\n".join(asked)
     elif prompt is None:
         prompt = row["text"] if "text" in row else json.dumps(row["input_ids"])
     found = hashlib.blake2b(" ".join(prompt.split()).encode(), digest_size=8)
@@ -295,6 +299,11 @@ def message_of(message: Any, index: int) -> Row:
     """
     if not isinstance(message, dict):
         raise ValueError(f"message {index} must hold role and content; found {brief(message)}")
+    role, content = message.get("role"), message.get("content")
+    if len(message) == 2 and role in KNOWN_ROLES and isinstance(content, str):  # most are so
+        if "\0" in content or not content.isascii():
+            clean(content, f"message {index} ({role})")
+        return {"role": role, "content": content}
     said = {
         key: value if isinstance(value, str) else without_nulls(value)
         for key, value in message.items()

@@ -202,13 +202,17 @@ def encode_batch(
     pieces: list[Piece] = []
     columns = [batch[name] for name in batch]
     for index, values in zip(indices, zip(*columns, strict=True), strict=True):
-        raw = dict(zip(batch, values, strict=True))
-        make = partial(made_of, raw, index, to_row, tokenizer, template, how)
-        pieces += of_row(make, index, how)
-    unencoded = [piece for piece in pieces if piece.spans is not None]
+        try:
+            row = to_row(dict(zip(batch, values, strict=True)))
+            made, prompt = row_pieces(row, index, tokenizer, template, how), prompt_id(row)
+            for piece in made:
+                piece.prompt = prompt
+            pieces += made
+        except Exception as error:  # also a template may raise anything; it is still this row's fault
+            pieces.append(bad_piece(index, error, how))
     try:
-        encode_pieces(unencoded, tokenizer, spelling)
-    except Exception:  # some row of them cannot be encoded: one by one they tell which
+        encode_pieces([piece for piece in pieces if piece.spans is not None], tokenizer, spelling)
+    except Exception:  # one of them cannot be encoded: row by row they tell which
         rows = [list(row) for _, row in groupby(pieces, attrgetter("row"))]
         pieces = [piece for row in rows for piece in encoded(row, tokenizer, spelling, how)]
     return table_of([cut for piece in pieces for cut in fit_length(piece, how)])
@@ -216,41 +220,21 @@ def encode_batch(
 
 def encoded(row: list[Piece], tokenizer: PreTrainedTokenizerBase, spelling: Spelling, how: Supervision) -> list[Piece]:
     """The pieces of one row, encoded."""
-
-    def encode() -> list[Piece]:
-        encode_pieces([piece for piece in row if piece.spans is not None], tokenizer, spelling)
-        return row
-
-    return of_row(encode, row[0].row, how)
-
-
-def of_row(make: Callable[[], list[Piece]], index: int, how: Supervision) -> list[Piece]:
-    """The pieces that `make` makes of row `index`; a row that it cannot be done with is dropped or a `BadRow`."""
     try:
-        return make()
-    except (NameError, MemoryError):
-        raise  # not the row's fault
-    except Exception as error:  # also a template may raise anything; it is still this row's fault
-        problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        if how.on_bad_row == "error":
-            raise BadRow(index, problem) from error
-        return [Piece(index, dropped=f"{BAD_ROW}{problem}", prompt=index)]
+        encode_pieces([piece for piece in row if piece.spans is not None], tokenizer, spelling)
+    except Exception as error:
+        return [bad_piece(row[0].row, error, how)]
+    return row
 
 
-def made_of(
-    raw: Row,
-    index: int,
-    to_row: Callable[[Row], Row],
-    tokenizer: PreTrainedTokenizerBase,
-    template: Template | None,
-    how: Supervision,
-) -> list[Piece]:
-    """The pieces of a raw row, not yet encoded, that know what it asks."""
-    row = to_row(raw)
-    pieces, prompt = row_pieces(row, index, tokenizer, template, how), prompt_id(row)
-    for piece in pieces:
-        piece.prompt = prompt
-    return pieces
+def bad_piece(index: int, error: Exception, how: Supervision) -> Piece:
+    """What stands for a row that cannot be trained on. Raises `BadRow` when that stops the run."""
+    if isinstance(error, (NameError, MemoryError)):
+        raise error  # not the row's fault
+    problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    if how.on_bad_row == "error":
+        raise BadRow(index, problem) from error
+    return Piece(index, dropped=f"{BAD_ROW}{problem}", prompt=index)
 
 
 def row_pieces(
@@ -282,8 +266,6 @@ def row_pieces(
         for index, message in enumerate(messages)
         if message["role"] == "assistant" and index >= given and index not in untrained
     ]
-    if template.text_arguments is not None:
-        messages = [with_arguments(message, as_text=template.text_arguments) for message in messages]
     renderings, counts = render_conversation(messages, given, turns, template_kwargs(row), template, how)
     if not renderings:
         return [Piece(index, counts, dropped="every turn is rewritten by the template")]
@@ -303,6 +285,8 @@ def render_conversation(
     Control tokens in it are marked.
     """
     plain = not kwargs and is_plain(messages)
+    if not plain and template.text_arguments is not None:
+        messages = [with_arguments(message, as_text=template.text_arguments) for message in messages]
     texts = "\n\n".join([message["content"] for message in messages] if plain else texts_in([messages, kwargs]))
     spelled = len(template.control.findall(texts))
     if spelled or OPEN in texts or CLOSE in texts:  # marks of a user's own are taken out
@@ -312,9 +296,8 @@ def render_conversation(
         )
         plain = plain and not spelled
     counts: dict[str, int] = {}
-    everyone = sum(message["role"] == "assistant" for message in messages[given:])
-    if how.supervision in ("full", "template") and len(turns) < everyone:
-        raise ValueError(f"a message says train: false, which supervision: {how.supervision} cannot heed; remove it")
+    if how.supervision in ("full", "template"):
+        require_all(messages[given:], turns, how.supervision)
     if how.supervision == "full":
         text = template.render(messages, **kwargs)
         renderings = [(text, [(0, len(text))])]
@@ -339,6 +322,12 @@ def render_conversation(
         if any(ESCAPED_MARK.search(text) for text, _ in renderings):
             raise ValueError(TAKEN_APART)
     return renderings, counts
+
+
+def require_all(messages: list[Row], turns: list[int], supervision: str) -> None:
+    """Raise `ValueError` when not every turn of the assistant is to be learnt, where nothing else can be had."""
+    if len(turns) < sum(message["role"] == "assistant" for message in messages):
+        raise ValueError(f"a message says train: false, which supervision: {supervision} cannot heed; remove it")
 
 
 def texts_in(value: Any) -> list[str]:
