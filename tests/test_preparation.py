@@ -236,3 +236,64 @@ def test_proportions_need_something_to_train_on(argv, five, tmp_path):
     line[at] = json.dumps(mixture)
     with pytest.raises(UserError, match="nothing: nothing of it can be trained on"):
         prepared([*line, "--on_bad_row", "drop"])
+
+
+RECIPES = {
+    "roll": """
+file_name: [{folder}/1.json, {folder}/2.json]
+prompt_key: instruction
+query_key: input
+response_key: output
+system_key: system
+""",
+    "alpaca": "dataset_name: {folder}/alpaca.jsonl",
+    "sharegpt": "dataset_name: {folder}/sharegpt.jsonl",
+    "tutorial": "train_data_path: {folder}/train.jsonl\neval_data_path: {folder}/test.jsonl\neval_strategy: epoch",
+    "nested": "dataset_name: {folder}/nested.jsonl\ndataset_mapping: {{prompt: ask.text, response: replies.0}}",
+}
+COMMON = """
+model_name_or_path: {model}
+chat_template: qwen2_5
+max_length: 256
+per_device_train_batch_size: 2
+max_steps: 2
+learning_rate: 1e-3
+use_cpu: true
+save_strategy: "no"
+disable_tqdm: true
+output_dir: {folder}/run
+"""
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_what_others_train_on_trains_from_a_short_recipe(kind, tiny_model, tmp_path, pairs):
+    flat = [{"instruction": q, "input": "", "output": a[:300], "system": "Be kind."} for q, a in pairs[:40]]
+    chats = [[("system", "Be kind."), ("human", q), ("gpt", a[:300])] for q, a in pairs[:40]]
+    messages = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a[:300]}]}
+        for q, a in pairs[:40]
+    ]
+    (tmp_path / "1.json").write_text(json.dumps(flat[:20]))
+    (tmp_path / "2.json").write_text(json.dumps(flat[20:]))
+    write_jsonl(
+        tmp_path / "alpaca.jsonl", [{key: row[key] for key in ("instruction", "input", "output")} for row in flat]
+    )
+    write_jsonl(
+        tmp_path / "sharegpt.jsonl",
+        [{"conversations": [{"from": who, "value": text} for who, text in chat]} for chat in chats],
+    )
+    write_jsonl(tmp_path / "train.jsonl", messages[:30])
+    write_jsonl(tmp_path / "test.jsonl", messages[30:])
+    write_jsonl(tmp_path / "nested.jsonl", [{"ask": {"text": q}, "replies": [a[:300], "x"]} for q, a in pairs[:40]])
+    text = (COMMON + RECIPES[kind]).format(model=tiny_model, folder=tmp_path).strip() + "\n"
+    assert len(text.splitlines()) < 25
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert main(["--config", str(tmp_path / "recipe.yaml")]) == 0
+    closed = json.loads((tmp_path / "run" / "ledger.json").read_text())
+    assert closed["train"]["total"]["rows_in"] == (30 if kind == "tutorial" else 40)
+    assert ("eval" in closed) == (kind == "tutorial")
+    assert closed["train"]["total"]["supervised_share"] < 0.95
+    data, tokenizer = prepared(["--config", str(tmp_path / "recipe.yaml")])
+    first = tokenizer.decode(data.train.unpacked[0]["input_ids"])
+    system = "Be kind." if kind in ("roll", "sharegpt") else "You are Qwen"
+    assert first.startswith(f"<|im_start|>system\n{system}") and f"user\n{pairs[0][0]}<|im_end|>" in first
