@@ -3,6 +3,7 @@
 Nothing here tokenises.
 """
 
+import csv
 import glob
 import json
 import logging
@@ -171,6 +172,18 @@ def data_lines(files: list[str]) -> Iterator[str]:
             yield from (f"{file}:{number}" for number, line in enumerate(stream, 1) if line.strip())
 
 
+def not_utf8(file: str) -> str:
+    """`file:line` of the first line that is not UTF-8, empty when all are or the file is no text."""
+    if file_kind(file) in (".jsonl", ".ndjson", ".csv"):
+        with fsspec.open(file, "rb", compression="infer") as stream:
+            for number, line in enumerate(stream, 1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError:
+                    return f"{file}:{number}"
+    return ""
+
+
 def load_table(
     name: str | None,
     config: str | None,
@@ -253,7 +266,38 @@ def loader_of(files: list[str]) -> str:
         raise UserError(f"{files[0]} and others: one source holds one kind of file; found {', '.join(sorted(kinds))}")
     if empty := [file for file in files if os.path.getsize(file) == 0]:
         raise UserError(f"{empty[0]}: this file is empty")
+    for file in files:
+        if file_kind(file) == ".json":
+            require_json(file)
+        elif file_kind(file) == ".csv":
+            require_even_rows(file)
     return LOADERS[kinds.pop()]
+
+
+def require_json(file: str) -> None:
+    """Raise `UserError` when a JSON file holds null, on which the library kills the process."""
+    with fsspec.open(file, "rb", compression="infer") as stream:
+        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if start == b"n":
+        raise UserError(f"{file}: a JSON file holds a list of objects or an object a line; found null")
+
+
+def require_even_rows(file: str) -> None:
+    """Raise `UserError` with the line where a CSV file has more cells than its header has names.
+
+    The library would take cells too many for an index, and leave names that stand twice unseen.
+    """
+    with fsspec.open(file, "rt", compression="infer", encoding="utf-8-sig", newline="") as stream:
+        rows = csv.reader(stream)
+        header = next(rows, [])
+        if twice := [name for name, times in Counter(header).items() if name and times > 1]:
+            raise UserError(f"{file}:1: the column {', '.join(twice)} is there twice; give each a name of its own")
+        for row in rows:
+            if len(row) > len(header):
+                raise UserError(
+                    f"{file}:{rows.line_num}: {len(row)} cells under a header of {len(header)}; a cell that holds a "
+                    f"comma or a line's end stands in double quotes; found {brief(row)}"
+                )
 
 
 def as_written(files: list[str]) -> dict[str, Any]:
@@ -290,7 +334,7 @@ def reason_of(error: Exception, title: str, files: list[str]) -> str:
     while cause.__cause__ is not None:
         cause = cause.__cause__
     because = "" if str(cause) in str(error) else f" ({' '.join(str(cause).split())})"
-    return f"{title}: cannot be loaded: {text}{because}"
+    return f"{title}: cannot be loaded: {text or type(error).__name__}{because}"
 
 
 def broken_line(file: str) -> str:
@@ -307,8 +351,8 @@ def broken_line(file: str) -> str:
                     return f"{file}:{number}: not valid JSON: {error.msg} at column {error.colno}"
                 except (ValueError, RecursionError) as error:
                     return f"{file}:{number}: not valid JSON: {error}"
-    except (OSError, EOFError) as error:
-        return f"{file}: cannot be read: {error}"
+    except Exception as error:  # every kind of compression has errors of its own
+        return f"{file}: cannot be read: {str(error) or type(error).__name__}"
     return ""
 
 

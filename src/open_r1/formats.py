@@ -24,18 +24,9 @@ KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def from_messages(row: Row, column: str = "messages", system: str = "system", **others: str) -> Row:
-    """Conversation under `role`/`content` or ShareGPT's `from`/`value`; tools and template arguments pass through.
-
-    A message with `train: false` or `weight: 0` is context only: its number is in `untrained`.
-    """
+    """Conversation under `role`/`content` or ShareGPT's `from`/`value`; tools and template arguments pass through."""
     messages = [message_of(message, index) for index, message in enumerate(list_of(value_at(row, column), column))]
-    said = value_at(row, system)
-    if isinstance(said, str) and said and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": said}, *messages]
-    untrained = [index for index, message in enumerate(messages) if "train" in message and not message.pop("train")]
-    check_turns(messages)
-    made = {"messages": messages, **for_template(row, **others)}
-    return {**made, "untrained": untrained} if untrained else made
+    return conversation(messages, system_of(row, system), row, others)
 
 
 def from_columns(
@@ -57,12 +48,26 @@ def from_columns(
     if more not in (None, ""):
         asked += "\n" + text_at(row, query)
     messages = earlier_turns(value_at(row, history), history) if history else []
-    first = value_at(row, system) if system else None
-    if first not in (None, "") and not (messages and messages[0]["role"] == "system"):
-        messages.insert(0, {"role": "system", "content": text_at(row, system)})
     messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    return conversation(messages, system_of(row, system) if system else "", row, others)
+
+
+def conversation(messages: list[Row], system: str, row: Row, others: dict[str, str]) -> Row:
+    """A conversation in TRL's format, with a system message where it has none, checked turn by turn.
+
+    A message with `train: false` or `weight: 0` is context only: its number is in `untrained`.
+    """
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    untrained = [index for index, message in enumerate(messages) if "train" in message and not message.pop("train")]
     check_turns(messages)
-    return {"messages": messages, **for_template(row, **others)}
+    made = {"messages": messages, **for_template(row, **others)}
+    return {**made, "untrained": untrained} if untrained else made
+
+
+def system_of(row: Row, column: str) -> str:
+    """The system prompt of a row, empty where there is none. Raises `ValueError` when it is no text."""
+    return "" if value_at(row, column) in (None, "") else text_at(row, column)
 
 
 def earlier_turns(value: Any, column: str) -> list[Row]:
@@ -81,7 +86,8 @@ def earlier_turns(value: Any, column: str) -> list[Row]:
         if isinstance(item, dict):
             messages.append(message_of(item, number))
         elif isinstance(item, list) and len(item) == 2 and all(isinstance(text, str) for text in item):
-            messages += [{"role": "user", "content": item[0]}, {"role": "assistant", "content": item[1]}]
+            asked, said = (clean(text, f"{column} {number}") for text in item)
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
         else:
             raise ValueError(f"{column} {number} must be a [question, answer] pair; found {brief(item)}")
     return messages
@@ -115,7 +121,7 @@ def prompt_id(row: Row) -> int:
             if message["role"] == "assistant":
                 break
             if message["role"] == "user":
-                asked.append(message["content"])
+                asked.append(message.get("content") or "")
         prompt = "\n".join(asked)
     elif prompt is None:
         prompt = row["text"] if "text" in row else json.dumps(row["input_ids"])
@@ -138,6 +144,8 @@ def for_template(row: Row, tools: str = "tools", chat_template_kwargs: str = "ch
             kept["tools"] = json.loads(kept["tools"])
         except ValueError as error:
             raise ValueError(f"{tools} is not valid JSON: {error}") from None
+        if kept["tools"] is None:
+            del kept["tools"]
     if not isinstance(kept.get("tools", []), list):
         raise ValueError(f"{tools} must be a list of schemas; found {brief(kept['tools'])}")
     given = kept.get("chat_template_kwargs", {})
@@ -173,6 +181,8 @@ def from_tokens(row: Row) -> Row:
             raise ValueError(
                 f"input_ids, labels and masks are lists of numbers, of one length; {name} is {brief(values)}"
             )
+    if 0 in (row.get("attention_mask") or []):
+        raise ValueError("attention_mask says that input_ids hold padding; remove the padding")
     if masks and "labels" not in row:
         labels = [token if all(said) else -100 for token, *said in zip(ids, *masks, strict=True)]
     return {"input_ids": ids, "labels": labels}
@@ -215,7 +225,7 @@ def row_function(
     formats = {**FORMATS, (text_field,): partial(from_text, column=text_field)}
     found = [needed for needed in formats if set(needed) <= set(columns)]
     shapes = [shape for shape in SHAPES if set(shape) <= set(columns)]
-    if len(found) == 1:
+    if len(found) == 1 and not (shapes and found[0] in ((text_field,), ("prompt", "completion"))):
         return formats[found[0]]
     if not found and len(shapes) == 1:
         asks, answers = shapes[0]
@@ -229,7 +239,7 @@ def row_function(
             f"{name}: no known format in its columns {', '.join(columns)}; known are {known}; for another one say "
             f"which columns ask and answer: mapping: {{prompt: {columns[0]}, response: {columns[-1]}}}"
         )
-    several = found or shapes
+    several = [*found, *shapes]
     asks, answers = shapes[0] if shapes else (several[0][0], several[-1][-1])
     raise UserError(
         f"{name}: its columns {', '.join(columns)} hold several formats ({'; '.join('+'.join(f) for f in several)}); "
@@ -324,8 +334,10 @@ def message_of(message: Any, index: int) -> Row:
         raise ValueError(
             f"message {index} has content in parts (images?); only text is trained here: {brief(content)}"
         )
-    if any(name in said and not isinstance(said[name], str) for name in THOUGHTS):
-        raise ValueError(f"message {index} ({role}) has reasoning that is no text; found {brief(message)}")
+    for name in THOUGHTS:
+        if name in said and not isinstance(said[name], str):
+            raise ValueError(f"message {index} ({role}) has reasoning that is no text; found {brief(message)}")
+        clean(said.get(name, ""), f"message {index} ({role})")
     calls = said.get("tool_calls")
     if not isinstance(content, str) and not (content is None and calls):
         raise ValueError(f"message {index} ({role}) has no content; found {brief(content)}")
@@ -333,9 +345,14 @@ def message_of(message: Any, index: int) -> Row:
         clean(content, f"message {index} ({role})")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise ValueError(f"message {index} ({role}) has tool_calls that are no list of calls: {brief(calls)}")
+    for call in calls or ():
+        function = call.get("function", call)
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"message {index} ({role}) has a tool call without a name: {brief(call)}")
     weight = said.pop("weight", None)
     train = said.pop("train", None if weight is None else bool(weight))
-    if train is not None and (not isinstance(train, bool) or weight not in (None, 0, 1)):
+    if train is not None and (not isinstance(train, bool) or weight not in (None, train)):
         raise ValueError(f"message {index}: train is true or false, weight 0 or 1; found {brief(message)}")
     return said if train is None else {**said, "train": train}
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from open_r1 import encoding, formats, supervision
 from open_r1.cache import Key, digest, file_digest, prepared_table
-from open_r1.data import Source, places_of
+from open_r1.data import Source, not_utf8, places_of
 from open_r1.encoding import IGNORED, TAKEN_APART, Piece, Spelling, encode_pieces, ranges_of, spelling_of
 from open_r1.errors import BadRow, UserError
 from open_r1.formats import Row, prompt_id
@@ -124,6 +124,9 @@ def tokenize_source(
         return prepared_table(table_key(source, rows, tokenizer, how), write)
     except BadRow as bad:
         raise UserError(f"{places_of(source, [int(rows[bad.row])])[0]}: {bad.problem}") from None
+    except UnicodeDecodeError as error:
+        where = next(filter(None, map(not_utf8, source.files)), source.name)
+        raise UserError(f"{where}: a text is not UTF-8: {error}; convert it") from None
 
 
 def write_table(chosen: Dataset, encode: Callable[..., pa.Table], size: int, num_proc: int | None, path: str) -> None:
@@ -246,6 +249,12 @@ def row_pieces(
         for name, values in (("input_ids", ids), ("labels", labels[labels != IGNORED])):
             if ((values < 0) | (values >= len(tokenizer))).any():
                 raise ValueError(f"{name} holds tokens outside the vocabulary of {len(tokenizer)}")
+        if (wrong := np.flatnonzero((labels != IGNORED) & (labels != ids))).size:
+            at = int(wrong[0])
+            raise ValueError(
+                f"labels hold {labels[at]} where input_ids hold {ids[at]} (token {at}); a label is -100 or the token "
+                "itself, not shifted"
+            )
         ids, labels = ids.astype(np.int32), labels.astype(np.int32)
         return [Piece(index, ids=ids, ranges=ranges_of(labels), labels=labels)]
     if "text" in row:
