@@ -7,6 +7,7 @@ run goes on from the last complete checkpoint in its output_dir. Exit code 0: tr
 2: the recipe, the data or the model needs mending, the message says how.
 """
 
+import atexit
 import logging
 import os
 import sys
@@ -122,5 +123,19 @@ def build_configs(recipe: Recipe) -> "tuple[ScriptArguments, SFTConfig, ModelCon
     return script_args, training_args, model_args
 
 
+def leave(code: int) -> None:
+    """End this process with an exit code.
+
+    Of several processes each ends at once when Python has: torn down by the interpreter, gloo's threads now and then
+    abort a process whose run is saved ("terminate called without an active exception", torch 2.13).
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
