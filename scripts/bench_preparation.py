@@ -1,6 +1,6 @@
 """Preparation against stock TRL on the same rows: CPU and wall seconds, cache size, peak memory, equal ids and labels.
 
-    python scripts/bench_preparation.py [--rows 50000] [--long 600] [--repeats 3]
+    python scripts/bench_preparation.py [--rows 100000] [--long 600] [--repeats 3]
     python scripts/bench_preparation.py --scale
 
 Short rows are docstrings of the standard library as ChatML conversations; long rows are docstrings joined to answers
@@ -182,7 +182,7 @@ def limit(raw: Any, tokenizer: Any, model: str, data: str, processes: int | None
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--rows", type=int, default=50000, help="short rows")
+    parser.add_argument("--rows", type=int, default=100000, help="short rows")
     parser.add_argument("--long", type=int, default=600, help="long rows")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scale", action="store_true", help="measure time and memory up to 1 GB instead")

@@ -390,6 +390,9 @@ def part_of(piece: Piece, start: int, end: int) -> Piece:
         counts = {**piece.counts, "cut": end - start, "answers": answers}
         return Piece(piece.row, counts, dropped="nothing supervised in it", prompt=piece.prompt)
     counts = {**piece.counts, "tokens": end - start, "supervised": supervised, "answers": answers}
+    if end - start == len(piece.ids):
+        piece.counts = counts
+        return piece
     ids, labels = piece.ids[start:end], piece.labels[start:end]
     return Piece(piece.row, counts, ids=ids, labels=labels, prompt=piece.prompt)
 
