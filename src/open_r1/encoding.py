@@ -24,6 +24,7 @@ from open_r1.supervision import CLOSE, OPEN
 IGNORED = -100
 TEXT_BYTES = 2**21  # characters encoded at once, so that memory is bounded by bytes, not by rows
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece writes a byte that no token of its own holds
+TAKEN_APART = "a control token is spelled out where the chat template takes texts apart; remove it from the row"
 SAMPLE = "Hi, <b>you</b>!\n\n\tÉmile 四 🙂  x7"
 
 
@@ -277,9 +278,6 @@ def marked_stretches(text: str) -> list[tuple[int, int]]:
     if opened is not None:
         raise ValueError(TAKEN_APART)
     return stretches
-
-
-TAKEN_APART = "a control token is spelled out where the chat template takes texts apart; remove it from the row"
 
 
 def encode_alone(text: str, inner: Tokenizer, literal: bool) -> list[int]:

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 RESERVED = {"messages", "conversations", "tools", "template", "chat_template", "add_generation_prompt"}
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
 ROLES |= {"observation": "tool", "ipython": "tool", "function": "tool"}
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # the names that transformers reads reasoning from
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -53,15 +53,19 @@ def from_columns(
 
 
 def conversation(messages: list[Row], system: str, row: Row, others: dict[str, str]) -> Row:
-    """A conversation in TRL's format, with a system message where it has none, checked turn by turn.
+    """A conversation in TRL's format, with a system message where it has none."""
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return checked(messages, {"messages": messages, **for_template(row, **others)})
+
+
+def checked(messages: list[Row], made: Row) -> Row:
+    """The row `made` of messages, which are checked turn by turn.
 
     A message with `train: false` or `weight: 0` is context only: its number is in `untrained`.
     """
-    if system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
     untrained = [index for index, message in enumerate(messages) if "train" in message and not message.pop("train")]
     check_turns(messages)
-    made = {"messages": messages, **for_template(row, **others)}
     return {**made, "untrained": untrained} if untrained else made
 
 
@@ -106,10 +110,7 @@ def from_prompt_completion(row: Row, prompt: str = "prompt", completion: str = "
         )
     before = [message_of(message, index) for index, message in enumerate(list_of(asked, prompt))]
     after = [message_of(message, index) for index, message in enumerate(list_of(said, completion), len(before))]
-    untrained = [n for n, message in enumerate([*before, *after]) if "train" in message and not message.pop("train")]
-    check_turns([*before, *after])
-    made = {"prompt": before, "completion": after, **for_template(row, **others)}
-    return {**made, "untrained": untrained} if untrained else made
+    return checked([*before, *after], {"prompt": before, "completion": after, **for_template(row, **others)})
 
 
 def prompt_id(row: Row) -> int:

@@ -16,13 +16,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from open_r1.formats import THOUGHTS
+
 Messages = list[dict[str, Any]]
 # A text to train on, and the character spans [start, end) of it that the model says.
 Rendering = tuple[str, list[tuple[int, int]]]
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, put around control tokens that a user spelled out
 PROBE = "x7q"
-REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that transformers reads reasoning from
 PLAIN_ROLES = ("system", "user", "assistant")
 EMPTY_REASONING = re.compile(r"\s*(<think>)?\s*</think>\s*")
 PREFILL = re.compile(r"<think>\s*(</think>\s*)?$")
@@ -258,7 +259,7 @@ def turn_at_inference(
     """What inference would see before turn `index`, and what the model has to say then."""
     message = messages[index]
     content = message.get("content") or ""
-    reasoning = next((message[name] for name in REASONING if message.get(name)), "")
+    reasoning = next((message[name] for name in THOUGHTS if message.get(name)), "")
     if index == 0:
         raise ValueError("the conversation starts with the assistant: there is no prompt that it answers")
     prompt = template.render(messages[:index], prompt=True, **kwargs)
