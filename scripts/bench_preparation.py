@@ -76,9 +76,10 @@ def measure(kind: str, model: str, data: str, processes: int, cache: str) -> dic
     import trl  # noqa: F401  imports are not preparation
 
     import open_r1.preparation  # noqa: F401
-    from open_r1.data import load_table
+    from open_r1.configs import ScriptArguments
+    from open_r1.data import load_sources
 
-    load_table(data, None, "train")  # nor is reading the file, which has been read for stock
+    load_sources(ScriptArguments(dataset_name=data))  # nor is reading the file, which has been read for stock
 
     prepare = {"ours": ours, "again": ours, "packed": packed, "stock": stock, "limit": limit}[kind]
     tokenizer = AutoTokenizer.from_pretrained(model)

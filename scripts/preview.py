@@ -213,7 +213,7 @@ def counts_of(entry: "Entry", reasons: dict[str, int]) -> dict[str, str]:
         name = IN_WORDS.get(key, key.replace("_", " "))
         if key == "dropped":
             counts[name], value = f"{sum(value.values()):,}", {**reasons, **value}
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key != "contents":
             counts |= {f"{name.rstrip('s')} {part}": f"{count:,}" for part, count in value.items()}
         elif isinstance(value, (int, float)):
             counts[name] = f"{value:.1%}" if key.endswith(("share", "efficiency")) else f"{value:,}"

@@ -1,5 +1,6 @@
 """Fixtures: a tiny model and real text, made on the spot. Nothing here reaches a hub."""
 
+import csv
 import itertools
 import json
 import logging
@@ -12,6 +13,7 @@ os.environ.update(
 )
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
+SHARES = (0.35, 0.25, 0.2, 0.15, 0.05)  # of the five sources
 
 import pytest  # noqa: E402
 from make_docstrings import docstrings, write_model  # noqa: E402
@@ -69,6 +71,52 @@ def conversations(pairs):
 def chat_file(tmp_path_factory, conversations):
     """Path of the conversations as JSONL."""
     return write_jsonl(tmp_path_factory.mktemp("data") / "chat.jsonl", conversations)
+
+
+def tools_of(number):
+    """A tool whose schema is another one in every third row."""
+    fields = {0: {"a": {"type": "integer"}}, 1: {"text": {"type": "string", "enum": ["x"]}}, 2: {}}[number % 3]
+    parameters = {"type": "object", "properties": fields}
+    return [{"type": "function", "function": {"name": f"f{number % 3}", "parameters": parameters}}]
+
+
+@pytest.fixture(scope="session")
+def five(tmp_path_factory, pairs):
+    """Sources: instruction CSV, ShareGPT JSONL, messages in parquet with tools, prompt/completion JSON, plain text."""
+    folder = tmp_path_factory.mktemp("five")
+    with (folder / "alpaca.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["instruction", "input", "output"])
+        writer.writerows(
+            [question, "briefly" if n % 2 else "", text] for n, (question, text) in enumerate(pairs[:150])
+        )
+    shared = [
+        {
+            "conversations": [
+                {"from": "system", "value": "Be kind."},
+                {"from": "human", "value": q},
+                {"from": "gpt", "value": a},
+            ]
+        }
+        for q, a in pairs[150:300]
+    ]
+    write_jsonl(folder / "sharegpt.jsonl", shared)
+    called = [
+        {
+            "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}],
+            "tools": tools_of(n),
+        }
+        for n, (q, a) in enumerate(pairs[300:400])
+    ]
+    from datasets import Dataset
+
+    Dataset.from_list(called).to_parquet(folder / "tools.parquet")
+    (folder / "completions.json").write_text(
+        json.dumps([{"prompt": f"{q}\n", "completion": a} for q, a in pairs[400:500]])
+    )
+    write_jsonl(folder / "plain.jsonl", [{"text": a} for _, a in pairs[500:]])
+    names = ("alpaca.csv", "sharegpt.jsonl", "tools.parquet", "completions.json", "plain.jsonl")
+    return [{"id": str(folder / name), "name": name.partition(".")[0]} for name in names]
 
 
 def write_jsonl(path, rows):

@@ -77,7 +77,7 @@ def test_a_cache_that_cannot_be_written_is_named(key, monkeypatch):
 
 def rows_of(name):
     (source,), _ = load_sources(ScriptArguments(dataset_name=str(name)))
-    return [row["text"] for row in source.rows], source.contents
+    return [source.to_row(row)["text"] for row in source.rows], source.table.contents
 
 
 def test_other_contents_under_the_same_path_and_time_are_read(tmp_path):

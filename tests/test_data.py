@@ -5,15 +5,18 @@ import gzip
 import json
 import lzma
 
+import datasets
 import pytest
 import zstandard
 from conftest import write_jsonl
 from datasets import Dataset, DatasetDict
 
 from open_r1.configs import ScriptArguments
-from open_r1.data import load_sources, load_table, places_of
+from open_r1.data import load_sources, places_of
 from open_r1.errors import UserError
 from open_r1.formats import row_function
+from open_r1.records import row_of
+from open_r1.tables import load_table
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}]} for n in range(7)
@@ -21,8 +24,12 @@ ROWS = [
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
+def rows_in(table):
+    return [row_of(row) if table.files else row for row in table.rows]
+
+
 def contents(table):
-    return [row["messages"][1]["content"] for row in table]
+    return [row["messages"][1]["content"] for row in rows_in(table)]
 
 
 @pytest.mark.parametrize(
@@ -50,24 +57,23 @@ def test_parquet_csv_globs_and_directories(tmp_path):
     Dataset.from_list(ROWS).to_parquet(tmp_path / "p.parquet")
     assert contents(load_table(str(tmp_path / "p.parquet"), None, "train[2:4]")) == ["a2", "a3"]
     (tmp_path / "c.csv").write_text("prompt,completion\none,1\ntwo,NA\n")
-    assert load_table(str(tmp_path / "c.csv"), None, "train")["completion"][:] == ["1", "NA"]
+    assert [row["completion"] for row in rows_in(load_table(str(tmp_path / "c.csv"), None, "train"))] == ["1", "NA"]
 
 
 def test_saved_datasets(tmp_path):
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
     DatasetDict(train=Dataset.from_list(ROWS), val=Dataset.from_list(ROWS[:2])).save_to_disk(tmp_path / "two")
-    assert len(load_table(str(tmp_path / "one"), None, "train")) == 7
-    assert len(load_table(str(tmp_path / "two"), None, "val")) == 2
-    with pytest.raises(UserError, match="two: no split test; it has train, val"):
+    assert len(load_table(str(tmp_path / "one"), None, "train").rows) == 7
+    assert len(load_table(str(tmp_path / "two"), None, "val").rows) == 2
+    assert contents(load_table(str(tmp_path / "two"), None, "train[5:]+val[:1]")) == ["a5", "a6", "a0"]
+    with pytest.raises(UserError, match="two:test: no split test; it has train, val"):
         load_table(str(tmp_path / "two"), None, "test")
 
 
 UNREADABLE = {
     "empty.jsonl": (b"", r"empty\.jsonl: this file is empty"),
     "blank.jsonl": (b"\n\n", "holds no rows"),
-    "broken.jsonl": (LINES[:200] + b'{"messages": [\n' + LINES, r"broken\.jsonl:\d+: not valid JSON: "),
-    "listed.jsonl": (LINES + b"[1]\n", r"listed\.jsonl:8: a line of JSONL is an object; found '\[1\]"),
-    "bytes.jsonl": (LINES + b'{"messages": "\xff"}\n', r"bytes\.jsonl:8: not valid JSON: "),
+    "broken.jsonl": (b'{"messages": [\n' * 3, r"broken\.jsonl:4: not valid JSON: Expecting value$"),
     "half.jsonl.gz": (gzip.compress(LINES * 99)[:-20], r"half\.jsonl\.gz: cannot be read: "),
     "half.parquet": (b"PAR1", "half.parquet:train: cannot be loaded: "),
     "notes.txt": (b"text", r"notes\.txt: unknown kind of data file; known are \.jsonl"),
@@ -75,19 +81,35 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize(("name", "case"), UNREADABLE.items())
-def test_an_unreadable_file_is_named_with_its_line(tmp_path, name, case):
+def test_an_unreadable_file_is_named(tmp_path, name, case):
     data, message = case
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
         load_table(str(tmp_path / name), None, "train")
 
 
-def test_the_broken_line_is_the_one_named(tmp_path):
-    lines = [json.dumps(row) for row in ROWS]
-    lines[4] = lines[4][:-1]
-    (tmp_path / "x.jsonl").write_text("\n".join(lines) + "\n")
-    with pytest.raises(UserError, match=r"x\.jsonl:5: not valid JSON"):
-        load_table(str(tmp_path / "x.jsonl"), None, "train")
+BROKEN = {
+    "cut off": (json.dumps(ROWS[4])[:-1].encode(), "not valid JSON: Expecting ',' delimiter at column"),
+    "a list": (b"[1]", r"a row of JSON is an object; found \[1\]"),
+    "bytes": (b'{"messages": "\xff"}', "not UTF-8: byte 0xff at 14; convert the file"),
+    "a key twice": (b'{"messages": [], "messages": []}', "the key 'messages' is there twice; remove one"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("at", [0, 4, 7])
+def test_a_broken_line_is_the_fault_of_its_row(tmp_path, line, message, at):
+    lines = LINES.splitlines()
+    lines.insert(at, line)
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    (source,), _ = load_sources(ScriptArguments(dataset_name=str(tmp_path / "x.jsonl")))
+    for number, row in enumerate(source.rows):
+        if number == at:
+            with pytest.raises(ValueError, match=message):
+                source.to_row(row)
+        else:
+            assert source.to_row(row) == ROWS[number - (number > at)]
+    assert places_of(source, [at])[0].endswith(f"x.jsonl:{at + 1}")
 
 
 @pytest.mark.parametrize("name", ["/no/where.jsonl", "./here", "data.jsonl", "some/where/else", "no/*.jsonl"])
@@ -97,7 +119,7 @@ def test_a_path_that_is_not_there(name):
 
 
 def test_a_split_that_is_not_there(chat_file):
-    with pytest.raises(UserError, match="no split train_sft; it has 'train'"):
+    with pytest.raises(UserError, match="chat.jsonl:train_sft: no split train_sft; it has train"):
         load_table(chat_file, None, "train_sft")
 
 
@@ -125,9 +147,9 @@ FORMATS = {
         {"conversations": CHAT, "system": "Be kind."},
         {"messages": [{"role": "system", "content": "Be kind."}, *CHAT]},
     ),
-    "nulls that columns fill in": (
+    "nulls that somebody wrote": (
         {"messages": CHAT, "tools": [{"name": "f", "x": None}], "chat_template_kwargs": {"a": None, "b": 1}},
-        {"messages": CHAT, "tools": [{"name": "f"}], "chat_template_kwargs": {"b": 1}},
+        {"messages": CHAT, "tools": [{"name": "f", "x": None}], "chat_template_kwargs": {"a": None, "b": 1}},
     ),
     "tokens, labels": (
         {"input_ids": [1, 2], "labels": [-100, 2]},
@@ -233,19 +255,32 @@ def test_data_files_samples_and_names(tmp_path):
     files = [str(tmp_path / "1.json"), str(tmp_path / "2.js*")]
     for values in ({"dataset_data_files": files}, {"dataset_name": "json", "dataset_data_files": files}):
         (source,), _ = load_sources(ScriptArguments(**values, dataset_max_samples=5))
-        assert contents(source.rows) == [f"a{n}" for n in range(5)]
+        assert contents(source.table) == [f"a{n}" for n in range(5)]
     with pytest.raises(UserError, match="3.json: no such file"):
         load_sources(ScriptArguments(dataset_data_files=[*files, str(tmp_path / "3.json")]))
     with pytest.raises(UserError, match="revision .*'abc'.* belongs to a hub dataset"):
         load_sources(ScriptArguments(dataset_name=files[0], dataset_revision="abc"))
 
 
-def test_a_hub_dataset_is_pinned_by_its_revision(monkeypatch):
+def test_a_hub_dataset_is_pinned_by_its_revision(tmp_path, monkeypatch):
     asked = {}
-    table = Dataset.from_list(ROWS)
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **named: asked.update(named, args=args) or table)
-    load_sources(ScriptArguments(dataset_name="some/data", dataset_revision="abc", dataset_data_files=["x.parquet"]))
-    assert (asked["args"], asked["revision"], asked["data_files"]) == (("some/data", None), "abc", ["x.parquet"])
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "train.parquet")
+    here = datasets.load_dataset_builder(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+
+    def builder(name, config, **named):
+        asked.update(named, name=name, config=config)
+        here.config.data_files = {"train": [f"hf://datasets/{name}@{named['revision']}/train.parquet"]}
+        return here
+
+    here.download_and_prepare()
+    monkeypatch.setattr(here, "download_and_prepare", lambda: None)
+    monkeypatch.setattr("datasets.load_dataset_builder", builder)
+    commit = "0123456789abcdef" * 2 + "01234567"
+    arguments = ScriptArguments(dataset_name="some/data", dataset_revision=commit, dataset_data_files=["x.parquet"])
+    (source,), _ = load_sources(arguments)
+    assert asked == {"name": "some/data", "config": None, "revision": commit, "data_files": ["x.parquet"]}
+    assert list(source.table.contents) == [f"hf://datasets/some/data@{commit}"]
+    assert contents(source.table) == [f"a{n}" for n in range(7)]
 
 
 def test_rows_are_found_in_their_files(tmp_path):
@@ -269,7 +304,7 @@ BAD = {
     "null text": ({"text": None}, "text must be a text with something in it; found None"),
     "null completion": ({"prompt": "p", "completion": None}, "prompt and completion are both text or both messages"),
     "empty completion": ({"prompt": "p", "completion": ""}, "completion is empty"),
-    "tools that are no JSON": ({"messages": CHAT, "tools": "[{"}, "tools is not valid JSON"),
+    "tools that are no JSON": ({"messages": CHAT, "tools": "[{"}, "tools is text that is not valid JSON"),
     "a template in the data": ({"messages": CHAT, "chat_template_kwargs": {"template": "x"}}, "must hold arguments"),
     "ids as text": ({"input_ids": ["a", "b"]}, "of one length; input_ids is"),
     "labels of another length": ({"input_ids": [1, 2], "labels": [1]}, "of one length; labels is"),
@@ -359,7 +394,7 @@ class TestEvaluationData:
     def test_a_second_file(self, chat_file, tmp_path):
         other = write_jsonl(tmp_path / "eval.jsonl", ROWS)
         _, held_out = load_sources(ScriptArguments(dataset_name=chat_file, eval_dataset_name=other), evaluate=True)
-        assert contents(held_out[0].rows) == [f"a{n}" for n in range(7)]
+        assert contents(held_out[0].table) == [f"a{n}" for n in range(7)]
 
     def test_a_named_split(self, tmp_path):
         DatasetDict(train=Dataset.from_list(ROWS), dev=Dataset.from_list(ROWS[:2])).save_to_disk(tmp_path / "saved")

@@ -1,7 +1,4 @@
-"""Hostile data: every input is refused with its file and row, dropped and counted, or trains on exactly what it says.
-
-A case under `FAILS` breaks that today; it is of the same shape as those above it and runs once it is moved there.
-"""
+"""Hostile data: every input is refused with its file and row, dropped and counted, or trains on just what it says."""
 
 import bz2
 import gzip
@@ -9,6 +6,7 @@ import itertools
 import json
 import lzma
 import random
+import re
 import zipfile
 from datetime import datetime
 
@@ -58,8 +56,9 @@ def ids(values, **more):
 
 
 def lines(*rows):
-    """JSON lines; a text is a line as it is."""
-    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows).encode()
+    """JSON lines; a text is a line as it is, and half characters in it are bytes."""
+    made = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    return made.encode("utf-8", "surrogateescape")
 
 
 def parquet(**columns):
@@ -73,6 +72,10 @@ def archive(*members):
                 file.writestr(f"{number}.jsonl", data)
 
     return write
+
+
+def cut(write):
+    return lambda path: (write(path), path.write_bytes(path.read_bytes()[:-9]))
 
 
 def not_utf8():
@@ -90,93 +93,102 @@ DEEP = "[" * 100_000 + "]" * 100_000
 QWEN = {"chat_template": "qwen3"}
 
 UNREADABLE = {
-    "UTF-16 JSONL": ("x.jsonl", ROWS.decode().encode("utf-16"), "x.jsonl:2: not valid JSON"),
+    "UTF-16 JSONL": (
+        "x.jsonl",
+        ROWS.decode().encode("utf-16"),
+        "x.jsonl:1: not valid JSON: Expecting value; found '\\udcff",
+    ),
     "UTF-16 JSON": ("x.json", json.dumps([CHAT]).encode("utf-16"), "x.json:1: not valid JSON"),
-    "UTF-16 CSV": ("x.csv", "prompt,completion\na,b\n".encode("utf-16"), "'utf-8' codec can't decode byte 0xff"),
-    "Latin-1 JSON": ("x.json", '[{"text": "é"}]'.encode("latin-1"), "Invalid octet in UTF-8"),
-    "Latin-1 CSV": ("x.csv", "prompt,completion\né,b\n".encode("latin-1"), "can't decode byte 0xe9"),
+    "UTF-16 CSV": ("x.csv", "prompt,completion\na,b\n".encode("utf-16"), "x.csv:1: no header of CSV in UTF-8"),
+    "Latin-1 JSON": (
+        "x.json",
+        '[{"text": "é"}]'.encode("latin-1"),
+        "x.json:1: not UTF-8: byte 0xe9 at 10; convert the file",
+    ),
+    "Latin-1 CSV": ("x.csv", "prompt,completion\né,b\n".encode("latin-1"), "x.csv:2: not UTF-8: byte 0xe9"),
     "bytes of every kind": ("x.jsonl", bytes(range(256)), "x.jsonl:1: not valid JSON"),
     "zeros": ("x.jsonl", bytes(50), "x.jsonl:1: not valid JSON"),
     "NUL as it is": ("x.jsonl", lines(CHAT, '{"messages": [{"content": "\0"}]}'), "x.jsonl:2: not valid JSON: "),
     "tab as it is": ("x.jsonl", b'{"text": "a\tb"}\n', "x.jsonl:1: not valid JSON: Invalid control character"),
-    "newline as it is": ("x.jsonl", b'{"text": "a\nb"}\n', "x.jsonl:1: not valid JSON: Unterminated string"),
-    "half a character in JSONL": ("x.jsonl", lines({"text": "a"}, {"text": "\ud800"}), "surrogate pair in string is"),
-    "half a character in JSON": ("x.json", b'[{"text": "a\\udc00"}]', "surrogates not allowed"),
-    "half a character in a key": ("x.jsonl", lines({"text": "a", "\ud800": 1}), "surrogate pair in string is invalid"),
+    "newline as it is": ("x.jsonl", b'{"text": "a\nb"}\n', "x.jsonl:1: not valid JSON: Invalid control char"),
+    "half a character in JSONL": ("x.jsonl", lines({"text": "a"}, {"text": "\ud800"}), "x.jsonl:2: text holds half a"),
+    "half a character in JSON": ("x.json", b'[{"text": "a\\udc00"}]', "x.json:1: text holds half a character at 1"),
     "a bad escape": ("x.jsonl", b'{"text": "\\x41"}\n', "x.jsonl:1: not valid JSON: Invalid \\escape"),
     "half an escape": ("x.jsonl", b'{"text": "\\u00"}\n', "x.jsonl:1: not valid JSON: Invalid \\uXXXX escape"),
     "gz without its end": ("x.jsonl.gz", gzip.compress(ROWS)[:-9], "x.jsonl.gz: cannot be read: Compressed file"),
     "bz2 without its end": ("x.jsonl.bz2", bz2.compress(ROWS)[:-9], "bz2: cannot be read: Compressed file ended"),
     "xz without its end": ("x.jsonl.xz", lzma.compress(ROWS)[:-9], "xz: cannot be read: Compressed file ended"),
     "zst without its end": ("x.jsonl.zst", zstandard.compress(ROWS)[:-9], "x.jsonl.zst: cannot be read:"),
-    "CSV in half a gz": ("x.csv.gz", gzip.compress(b"text\n" * 99)[:-9], "x.csv.gz:train: cannot be loaded: "),
+    "CSV in half a gz": ("x.csv.gz", gzip.compress(b"text\n" * 99)[:-9], "x.csv.gz: cannot be read: Compressed file"),
     "JSON list in half a gz": ("x.json.gz", gzip.compress(b"[" + ROWS * 9)[:-9], "Compressed file ended"),
-    "no gz": ("x.jsonl.gz", ROWS, "x.jsonl.gz: cannot be read: Not a gzipped file"),
-    "no bz2": ("x.jsonl.bz2", ROWS, "x.jsonl.bz2: cannot be read: Invalid data stream"),
-    "no zst": ("x.jsonl.zst", ROWS, "x.jsonl.zst: cannot be read:"),
-    "no xz": ("x.csv.xz", ROWS, "x.csv.xz:train: cannot be loaded: Input format not supported"),
-    "no zip": ("x.csv.zip", b"PK\x03\x04", "x.csv.zip:train: cannot be loaded: File is not a zip file"),
+    "no zip": ("x.csv.zip", b"PK\x03\x04", "x.csv.zip: cannot be read: File is not a zip file"),
     "empty": ("x.jsonl", b"", "x.jsonl: this file is empty"),
     "empty gz": ("x.jsonl.gz", b"", "x.jsonl.gz: this file is empty"),
     "empty parquet": ("x.parquet", b"", "x.parquet: this file is empty"),
-    "blank lines": ("x.jsonl", b"\n \n\t\n", "x.jsonl:train: holds no rows"),
-    "blank JSON": ("x.json", b"  \n ", "x.json:train: holds no rows"),
-    "blank CSV": ("x.csv", b"\n\n", "x.csv:train: cannot be loaded: No columns"),
-    "an empty list": ("x.json", b"[]", "x.json:train: holds no rows"),
-    "an empty object": ("x.json", b"{}", "x.json:train: holds no rows"),
-    "CSV with a header alone": ("x.csv", b"prompt,completion\n", "x.csv:train: holds no rows"),
-    "a number": ("x.json", b"3", "x.json:1: a line of JSONL is an object; found '3'"),
-    "a text": ("x.json", b'"abc"', "x.json:1: a line of JSONL is an object"),
-    "true": ("x.json", b"true", "x.json:1: a line of JSONL is an object; found 'true'"),
-    "a list of numbers": ("x.json", b"[1, 2]", "row 0 (counting from 0): text must be a text"),
-    "a list of lists": ("x.json", b"[[1], [2]]", "row 0 (counting from 0): text must be a text"),
-    "a list of rows and numbers": ("x.json", json.dumps([CHAT, 3]).encode(), "x.json:train: cannot be loaded: "),
+    "blank lines": ("x.jsonl", b"\n \n\t\n", "x.jsonl: holds no rows"),
+    "blank JSON": ("x.json", b"  \n ", "x.json: holds no rows"),
+    "blank CSV": ("x.csv", b"\n\n", "x.csv: holds no rows"),
+    "an empty list": ("x.json", b"[]", "x.json: holds no rows"),
+    "an empty object": ("x.json", b"{}", "x.json:1: a row of JSON is an object with keys; found {}"),
+    "CSV with a header alone": ("x.csv", b"prompt,completion\n", "x.csv: holds no rows"),
+    "a number": ("x.json", b"3", "x.json:1: a row of JSON is an object; found 3"),
+    "true": ("x.json", b"true", "x.json:1: a row of JSON is an object; found True"),
+    "a list of numbers": ("x.json", b"[1, 2]", "x.json:1: a row of JSON is an object; found 1"),
+    "a list of lists": ("x.json", b"[[1], [2]]", "x.json:1: a row of JSON is an object; found [1]"),
+    "a list of rows and numbers": (
+        "x.json",
+        json.dumps([CHAT, 3]).encode(),
+        "x.json:1: a row of JSON is an object; found 3",
+    ),
     "a dict of rows": ("x.json", json.dumps({"data": [CHAT]}).encode(), "no known format in its columns data"),
     "a dict of numbered rows": ("x.json", json.dumps({"0": CHAT}).encode(), "no known format in its columns 0"),
-    "a dict of columns": ("x.json", json.dumps(pair(["a"], ["b"])).encode(), "row 0 (counting from 0): message 0"),
-    "a list cut off": ("x.json", json.dumps([CHAT])[:-5].encode(), "x.json:train: cannot be loaded: "),
-    "a comma too many": ("x.json", json.dumps([CHAT])[:-1].encode() + b",]", "Unexpected character found"),
-    "a comment": ("x.json", b"// rows\n[]", "x.json:1: not valid JSON: Expecting value at column 1"),
+    "a dict of columns": ("x.json", json.dumps(pair(["a"], ["b"])).encode(), "x.json:1: message 0 must hold"),
+    "a list cut off": ("x.json", json.dumps([CHAT])[:-5].encode(), "x.json:1: not valid JSON: Unterminated"),
+    "a comma too many": (
+        "x.json",
+        json.dumps([CHAT])[:-1].encode() + b",]",
+        "x.json:1: not valid JSON: Expecting value; found ']'",
+    ),
+    "a comment": ("x.json", b"// rows\n[]", "x.json:1: not valid JSON: Expecting value; found '//"),
     "tokens as floats": ("x.jsonl", lines(ids([5.5, 6.0])), "x.jsonl:1: input_ids, labels and masks are lists"),
-    "numbers in lines": ("x.jsonl", b"3\n4\n", "x.jsonl:1: a line of JSONL is an object"),
-    "a list in a line": ("x.jsonl", lines(CHAT, [CHAT]), "x.jsonl:2: a line of JSONL is an object"),
+    "numbers in lines": ("x.jsonl", b"3\n4\n", "x.jsonl:1: a row of JSON is an object; found 3"),
+    "a list in a line": ("x.jsonl", lines(CHAT, [CHAT]), "x.jsonl:2: a row of JSON is an object; found [{"),
     "lines with commas": ("x.jsonl", b'{"text": "a"},\n{"text": "b"}\n', "x.jsonl:1: not valid JSON: Extra data"),
     "what Python prints": ("x.jsonl", lines(repr(CHAT)), "x.jsonl:1: not valid JSON: Expecting property name"),
     "a last line cut off": ("x.jsonl", ROWS[:-9], "x.jsonl:3: not valid JSON: "),
     "a brace too many": ("x.jsonl", lines(CHAT, '{"messages": []}}'), "x.jsonl:2: not valid JSON: Extra data"),
     "a web page": ("x.jsonl", b"<!DOCTYPE html><html></html>", "x.jsonl:1: not valid JSON"),
     "a pointer of Git LFS": ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "x.jsonl:1: not valid JSON"),
-    "a key said twice": ("x.jsonl", b'{"text": "a"}\n{"text": "b", "text": "c"}\n', "(/text) was specified twice"),
+    "a key said twice": (
+        "x.jsonl",
+        b'{"text": "a"}\n{"text": "b", "text": "c"}\n',
+        "x.jsonl:2: the key 'text' is there",
+    ),
     "a role said twice": (
         "x.jsonl",
         lines(CHAT, '{"messages": [{"role": "user", "role": "assistant", "content": "x"}]}'),
-        "Column(/messages/[]/role) was specified twice in row 1",
+        "x.jsonl:2: the key 'role' is there twice; remove one",
     ),
-    "100,000 lists": ("x.jsonl", lines(CHAT, f'{{"messages": {DEEP}}}'), "x.jsonl:2: not valid JSON: maximum"),
-    "100,000 lists in JSON": ("x.json", f'[{{"text": {DEEP}}}]'.encode(), "decoding depth limit"),
-    "500 lists beside messages": (
-        "x.jsonl",
-        lines({**CHAT, "x": json.loads("[" * 500 + "]" * 500)}),
-        "Recursion level",
-    ),
+    "100,000 lists": ("x.jsonl", lines(CHAT, f'{{"messages": {DEEP}}}'), "x.jsonl:2: lists or objects are nested"),
+    "100,000 lists in JSON": ("x.json", f'[{{"text": {DEEP}}}]'.encode(), "x.json:1: not valid JSON: maximum rec"),
     "JSONL named CSV": ("x.csv", ROWS, "x.csv:train: no known format in its columns"),
     "JSONL named parquet": ("x.parquet", ROWS, "x.parquet:train: cannot be loaded: Parquet magic bytes not found"),
     "CSV named JSONL": ("x.jsonl", b"prompt,completion\na,b\n", "x.jsonl:1: not valid JSON"),
     "parquet named JSONL": ("x.jsonl", parquet(text=["a"]), "x.jsonl:1: not valid JSON"),
-    "parquet named CSV": ("x.csv", parquet(text=["a" * 99, "b" * 999]), "x.csv:train: "),
+    "parquet named CSV": ("x.csv", parquet(text=["a" * 99]), "x.csv:1: no header of CSV"),
     "a kind of file that is not known": ("x.tsv", b"prompt\tcompletion\na\tb\n", "x.tsv: unknown kind of data file"),
     "a suffix behind the suffix": ("x.jsonl.bak", ROWS, "x.jsonl.bak: unknown kind of data file"),
     "no suffix": ("x", ROWS, "x: unknown kind of data file"),
     "CSV without header": ("x.csv", b"a,b\nc,d\n", "no known format in its columns a, b"),
-    "CSV with an empty header": ("x.csv", b",\na,b\n", "no known format in its columns Unnamed: 0, Unnamed: 1"),
-    "CSV with half a header": ("x.csv", b"prompt,\na,b\n", "no known format in its columns prompt, Unnamed: 1"),
+    "CSV with an empty header": ("x.csv", b",\na,b\n", "no known format in its columns column 1, column 2"),
+    "CSV with half a header": ("x.csv", b"prompt,\na,b\n", "no known format in its columns prompt, column 2"),
     "CSV with semicolons": ("x.csv", b"prompt;completion\na;b\n", "no known format in its columns prompt;completion"),
     "CSV with spaces in its header": ("x.csv", b"prompt, completion\na,b\n", "no known format in its columns prompt"),
     "CSV with a cell too many": ("x.csv", b"prompt,completion\na,b\nc,d,e\n", "x.csv:3: 3 cells under a header of 2"),
-    "CSV with an open quote": ("x.csv", b'prompt,completion\na,"b\nc,d\n', "EOF inside string"),
+    "CSV with an open quote": ("x.csv", b'prompt,completion\na,"b\nc,d\n', "x.csv:2: no valid CSV: unexpected end"),
     "parquet without its end": (
         "x.parquet",
-        lambda path: (parquet(text=["a"])(path), path.write_bytes(path.read_bytes()[:-9])),
+        cut(parquet(text=["a"])),
         "x.parquet:train: cannot be loaded: Parquet magic bytes not found in footer",
     ),
     "parquet with mappings": (
@@ -240,44 +252,57 @@ UNREADABLE["more bad rows than allowed"] = (
     "1 of 2 rows are bad, more than max_bad_rows 0.1",
     {"on_bad_row": "drop", "max_bad_rows": 0.1},
 )
-FAILS_UNREADABLE = {
-    # FAILS: UnicodeDecodeError with a traceback, on_bad_row: drop too; of one column type arrow checks no UTF-8
-    "Latin-1 JSONL": ("x.jsonl", NOT_UTF8, "x.jsonl:2: not valid JSON"),
-    "overlong UTF-8": ("x.jsonl", b'{"text": "\xc0\x80"}\n', "x.jsonl:1: not valid JSON"),
-    "surrogates in UTF-8": ("x.jsonl", b'{"text": "\xed\xa0\xbd\xed\xb8\x80"}\n', "x.jsonl:1: not valid JSON"),
-    # FAILS: LZMAError, BadZipFile, IndexError with a traceback: `broken_line` expects OSError and EOFError alone
-    "no xz": ("x.jsonl.xz", ROWS, "x.jsonl.xz: cannot be read: "),
-    "no zip": ("x.jsonl.zip", b"PK\x03\x04", "x.jsonl.zip: cannot be read: "),
-    "zip of nothing": ("x.jsonl.zip", archive(), "x.jsonl.zip"),
-    # FAILS: the process dies of SIGSEGV in pyarrow, without a message; never run this one inside pytest
-    "null": ("x.json", b"null", "x.json:1: a line of JSONL is an object"),
-    # FAILS: "cannot be loaded: " with nothing behind it
-    "gz of nothing": ("x.jsonl.gz", gzip.compress(b""), "holds no rows"),
-    "bz2 of nothing": ("x.jsonl.bz2", bz2.compress(b""), "holds no rows"),
-    # FAILS: "BatchSize must be greater than 0, got 0"
+UNREADABLE |= {
+    "all of it Latin-1": (
+        "x.jsonl",
+        b'{"text": "\xe9"}\n' * 2,
+        "x.jsonl:1: not UTF-8: byte 0xe9 at 10; convert the file",
+    ),
+    "overlong UTF-8": ("x.jsonl", b'{"text": "\xc0\x80"}\n', "x.jsonl:1: not UTF-8: byte 0xc0"),
+    "surrogates in UTF-8": ("x.jsonl", b'{"text": "\xed\xa0\xbd\xed\xb8\x80"}\n', "x.jsonl:1: not UTF-8: byte 0xed"),
+    "no zip": ("x.jsonl.zip", b"PK\x03\x04", "x.jsonl.zip: cannot be read: File is not a zip file"),
+    "zip of nothing": ("x.jsonl.zip", archive(), "x.jsonl.zip: holds no rows"),
+    "half a zip": ("x.jsonl.zip", cut(archive(ROWS)), "x.jsonl.zip: cannot be read: File is not a zip file"),
+    "a bad row in a zip": ("x.jsonl.zip", archive(ROWS, lines(CHAT, 3)), "x.jsonl.zip/1.jsonl:2: a row of JSON is"),
+    "null": ("x.json", b"null", "x.json:1: a row of JSON is an object; found None"),
+    "gz of nothing": ("x.jsonl.gz", gzip.compress(b""), "x.jsonl.gz: holds no rows"),
+    "bz2 of nothing": ("x.jsonl.bz2", bz2.compress(b""), "x.jsonl.bz2: holds no rows"),
     "parquet without rows": ("x.parquet", parquet(text=pa.array([], pa.string())), "x.parquet:train: holds no rows"),
-    # FAILS: "row 283", which counts from the beginning of arrow's block
+    "parquet that is no UTF-8": (
+        "x.parquet",
+        parquet(text=not_utf8()),
+        "row 1 (counting from 0): a text is not UTF-8",
+    ),
     "a key said twice, further down": (
         "x.jsonl",
         lines(*[{"text": "x" * 900}] * 1000, '{"text": "a", "text": "b"}'),
-        "x.jsonl:1001",
+        "x.jsonl:1001: the key 'text' is there twice",
     ),
-    # FAILS: the line of another row is named
     "a bad row of JSONL over several lines": (
         "x.jsonl",
         lines(*(json.dumps(row, indent=1) for row in (CHAT, {"messages": None}, CHAT))),
-        "row 1 (counting from 0): messages must be a list",
+        "x.jsonl:13: messages must be a list",
     ),
-    "a bad row beside another in one line": (
+    "two rows in a line among lines": (
         "x.jsonl",
         lines(json.dumps(CHAT) + '{"messages": null}', CHAT),
-        "x.jsonl:1: messages must be a list",
+        "x.jsonl:1: not valid JSON: Extra data at column 88",
     ),
-    # FAILS: trains. The first cell of each row becomes an index, so prompt is x and completion " and y"
-    "CSV with a cell too many in each row": ("x.csv", b"prompt,completion\nq,x, and y\nr,z, and w\n", "fields"),
-    # FAILS: trains on the first of them
-    "CSV with a header twice": ("x.csv", b"prompt,completion,completion\na,b,c\n", "completion"),
-    # FAILS: trains on completion, and on text in full
+    "a list and more": (
+        "x.json",
+        json.dumps([CHAT], indent=1).encode() + b"\n{}",
+        "not valid JSON: nothing follows the list",
+    ),
+    "a list without commas": (
+        "x.json",
+        b'[{"text": "a"}\n {"text": "b"}]',
+        "x.json:2: not valid JSON: a comma or the",
+    ),
+    "CSV with a header twice": (
+        "x.csv",
+        b"prompt,completion,completion\na,b,c\n",
+        "the column completion is there twice",
+    ),
     "completion and response": ("x.jsonl", lines(pair("q", "a", response="b")), "hold several formats"),
     "instruction data and text": (
         "x.jsonl",
@@ -288,9 +313,9 @@ FAILS_UNREADABLE = {
 
 BAD_MESSAGES = {
     "null": ({"messages": None}, "messages must be a list with at least one message; found None"),
-    "NaN": ('{"messages": NaN}', "messages must be a list with at least one message; found None"),
+    "NaN": ('{"messages": NaN}', "messages must be a list with at least one message; found nan"),
     "missing": ({"id": 1}, "messages must be a list with at least one message; found None"),
-    "a null row": ("null", "messages must be a list with at least one message; found None"),
+    "a null row": ("null", "a row of JSON is an object; found None"),
     "empty": (talk(), "messages must be a list with at least one message; found []"),
     "text": ({"messages": "hello"}, "messages must be a list with at least one message; found 'hello'"),
     "a number": ({"messages": 3}, "messages must be a list with at least one message; found 3"),
@@ -359,9 +384,9 @@ BAD_TOOLS = {
     "no content, no call": (called([], content=None), "message 1 (assistant) has no content"),
     "reasoning as a number": (talk(ASK, assistant("a", reasoning_content=3)), "has reasoning that is no text"),
     "reasoning as a list": (talk(ASK, assistant("a", reasoning_content=["r"])), "has reasoning that is no text"),
-    "tools cut off": ({**CHAT, "tools": "[{"}, "tools is not valid JSON"),
-    "tools as Python prints them": ({**CHAT, "tools": "[{'name': 'f'}]"}, "tools is not valid JSON"),
-    "tools as blanks": ({**CHAT, "tools": "  "}, "tools is not valid JSON"),
+    "tools cut off": ({**CHAT, "tools": "[{"}, "tools is text that is not valid JSON"),
+    "tools as Python prints them": ({**CHAT, "tools": "[{'name': 'f'}]"}, "tools is text that is not valid JSON"),
+    "tools as blanks": ({**CHAT, "tools": "  "}, "tools is text that is not valid JSON"),
     "tools as a mapping": ({**CHAT, "tools": {"name": "f"}}, "tools must be a list of schemas; found {'name': 'f'}"),
     "tools as a mapping in text": ({**CHAT, "tools": '{"a": 1}'}, "tools must be a list of schemas; found {'a': 1}"),
     "tools as a number": ({**CHAT, "tools": 3}, "tools must be a list of schemas; found 3"),
@@ -370,7 +395,10 @@ BAD_TOOLS = {
     "tools as nulls": ({**CHAT, "tools": [None]}, "row 1"),
     "tools in a list of lists": ({**CHAT, "tools": [[{"name": "f"}]]}, "row 1"),
     "tools of 100,000 lists": ({**CHAT, "tools": DEEP}, "row 1"),
-    "tools with a number of 5,000 digits": ({**CHAT, "tools": f'["{1}", {"1" * 5000}]'}, "tools is not valid JSON"),
+    "tools with a number of 5,000 digits": (
+        {**CHAT, "tools": f'["{1}", {"1" * 5000}]'},
+        "tools is text that is not valid JSON",
+    ),
     "arguments as text": ({**CHAT, "chat_template_kwargs": '{"a": 1}'}, "chat_template_kwargs must hold arguments"),
     "arguments as a list": ({**CHAT, "chat_template_kwargs": ["a"]}, "chat_template_kwargs must hold arguments"),
     "arguments as a number": ({**CHAT, "chat_template_kwargs": 3}, "chat_template_kwargs must hold arguments"),
@@ -384,6 +412,7 @@ BAD_TOOLS = {
 }
 BAD_TOKENS = {
     "null": (ids(None, labels=[1]), "input_ids is None"),
+    "padding": (ids([5, 6, 0], labels=[-100, 6, 0], attention_mask=[1, 1, 0]), "input_ids hold padding"),
     "none": (ids([], labels=[]), "input_ids is []"),
     "a null": (ids([5, None, 7], labels=[-100, 6, 7]), "input_ids is [5, None, 7]"),
     "a number": (ids(5, labels=5), "input_ids is 5"),
@@ -464,8 +493,8 @@ BAD_FLAT = {
 }
 BAD_TEXTS = {
     "null": ({"text": None}, "text must be a text with something in it; found None"),
-    "NaN": ('{"text": NaN}', "text must be a text with something in it; found None"),
-    "Infinity": ('{"text": -Infinity}', "text must be a text with something in it; found None"),
+    "NaN": ('{"text": NaN}', "text must be a text with something in it; found nan"),
+    "Infinity": ('{"text": -Infinity}', "text must be a text with something in it; found -inf"),
     "empty": ({"text": ""}, "text must be a text with something in it; found ''"),
     "blank": ({"text": "\n "}, "text must be a text with something in it"),
     "a number": ({"text": 3}, "text must be a text with something in it; found 3"),
@@ -506,8 +535,8 @@ BAD_ROWS |= {
     ),
     "CRLF": ("x.jsonl", lines(CHAT, {"messages": None}, CHAT).replace(b"\n", b"\r\n"), "messages must be a list", END),
     "BOM": ("x.jsonl", b"\xef\xbb\xbf" + lines(CHAT, {"messages": None}, CHAT), "messages must be a list", END),
-    "a list of JSON": ("x.json", json.dumps([CHAT, None, CHAT], indent=1).encode(), "messages must be a list", END),
-    "CSV with a cell too few": ("x.csv", b"prompt,completion\nq,a\nq\nq,a\n", "completion is empty", END),
+    "a list of JSON": ("x.json", json.dumps([CHAT, None, CHAT], indent=1).encode(), "a row of JSON is an object", END),
+    "CSV with a cell too few": ("x.csv", b"prompt,completion\nq,a\nq\nq,a\n", "found 'q' and None", END),
     "CSV with an empty cell": ("x.csv", b"prompt,completion\nq,a\nq,\nq,a\n", "completion is empty", END),
     "CSV with NUL": ("x.csv", b"prompt,completion\nq,a\nq,b\0c\nq,a\n", "completion holds the control character", END),
     "CSV without an output": ("x.csv", b"instruction,output\nq,a\nq,\nq,a\n", "output must be a text", END),
@@ -519,17 +548,15 @@ BAD_ROWS |= {
         "#$%",
     ),
 }
-FAILS_BAD_ROWS = {
-    # FAILS: a traceback, see above
-    "parquet that is no UTF-8": ("x.parquet", parquet(text=not_utf8()), "row 1", END),
-    # FAILS: trains; of a JSON list (and JSON lines with mixed keys) half a character is left out of the text
+BAD_ROWS |= {
+    "CSV with a cell too many": ("x.csv", b"prompt,completion\nq,a\nc,d,e\nq,a\n", "3 cells under a header of 2", END),
+    "CSV that is no UTF-8": ("x.csv", b"prompt,completion\nq,a\nq,\xe9\nq,a\n", "not UTF-8: byte 0xe9", END),
     "half a character in a list of JSON": (
         "x.json",
         json.dumps([{"text": "a"}, {"text": "b\ud800c"}, {"text": "a"}]).encode(),
         "half a character",
         END,
     ),
-    # FAILS: row 0 is named, and all three are dropped: one float makes floats of the whole column
     "a float among tokens": (
         "x.jsonl",
         lines(ids([5, 6, 7]), ids([5, 6.5, 7]), ids([5, 6, 7])),
@@ -542,7 +569,6 @@ FAILS_BAD_ROWS = {
         "a mask is",
         "$%",
     ),
-    # FAILS: each trains
     **{
         name: ("x.jsonl", lines(good, bad, good), said, learnt, QWEN)
         for name, good, bad, said, learnt in (
@@ -563,12 +589,55 @@ FAILS_BAD_ROWS = {
             ("train against weight", CHAT, talk(ASK, {**SAY, "train": True, "weight": 0}), "train", END),
             ("a null name", CHAT, call(name=None), "name", END),
             ("an empty name", CHAT, call(name=""), "name", END),
+            ("a line that is no UTF-8", CHAT, '{"messages": "\udce9"}', "not UTF-8: byte 0xe9 at 14", END),
+            ("a line cut off", CHAT, '{"messages": [', "not valid JSON: Expecting value at column 15", END),
+            ("a line of text", CHAT, "hello", "not valid JSON: Expecting value at column 1; found 'hello'", END),
+            ("a line of NUL", CHAT, "\0", "not valid JSON: Expecting value at column 1", END),
+            ("a list in a line", CHAT, [CHAT], "a row of JSON is an object; found [{", END),
+            ("a key said twice", CHAT, '{"messages": [], "messages": []}', "the key 'messages' is there twice", END),
+            (
+                "a role said twice",
+                CHAT,
+                '{"messages": [{"role": "user", "role": "assistant", "content": "x"}]}',
+                "the key 'role' is there twice",
+                END,
+            ),
+            ("a line of 100,000 lists", CHAT, DEEP, "lists or objects are nested too deeply", END),
+            (
+                "messages as JSON text cut off",
+                CHAT,
+                {"messages": "[{"},
+                "messages is text that is not valid JSON",
+                END,
+            ),
             ("a call without a name", CHAT, called([{"function": {"arguments": {}}}]), "name", END),
         )
     },
 }
 
 HARMLESS = {
+    "plain JSONL named gz": ("x.jsonl.gz", ROWS, [END] * 3),
+    "plain JSONL named zst": ("x.jsonl.zst", ROWS, [END] * 3),
+    "plain CSV named xz": ("x.csv.xz", b"prompt,completion\nq,a\n", [END]),
+    "gz named zst": ("x.jsonl.zst", gzip.compress(ROWS), [END] * 3),
+    "zst of two parts": ("x.jsonl.zst", zstandard.compress(ROWS) + zstandard.compress(ROWS), [END] * 6),
+    "a text alone": ("x.json", b'"abc"', [f"abc{STOP}"]),
+    "texts in lines": ("x.jsonl", b'"abc"\n"a"\n', [f"abc{STOP}", END]),
+    "half a character in a key": ("x.jsonl", lines({"text": "a", "\ud800": 1}), [END]),
+    "half a character beside text": ("x.jsonl", lines({"text": "a", "z": "\ud800"}), [END]),
+    "500 lists beside messages": ("x.jsonl", lines({**CHAT, "x": json.loads("[" * 500 + "]" * 500)}), [END]),
+    "rows in a list on lines of their own": ("x.json", b'[{"text": "b"},\n{"text": "a"}\n]', [f"b{STOP}", END]),
+    "messages as JSON text in CSV": (
+        "x.csv",
+        f"id,messages\n1,{json.dumps(json.dumps(CHAT['messages']))}\n".replace('\\"', '""').encode(),
+        [END],
+    ),
+    "CSV with cells of 200 KB": (
+        "x.csv",
+        b"prompt,completion\nq," + b"a" * 200_000 + b"\n",
+        ["a" * 40],
+        {"max_length": 64},
+    ),
     "BOM in JSONL": ("x.jsonl", b"\xef\xbb\xbf" + ROWS, [END] * 3),
     "BOM in JSON": ("x.json", b"\xef\xbb\xbf" + json.dumps([CHAT]).encode(), [END]),
     "BOM in CSV": ("x.csv", b"\xef\xbb\xbfprompt,completion\nq,a\n", [END]),
@@ -587,7 +656,6 @@ HARMLESS = {
     "a list behind a newline": ("x.json", b"\n " + json.dumps([CHAT]).encode(), [END]),
     "one row as JSON": ("x.json", json.dumps(CHAT, indent=1).encode(), [END]),
     "a list of texts": ("x.json", b'["a", "b"]', [END, f"b{STOP}"]),
-    "a key said twice in JSON": ("x.json", b'[{"text": "b", "text": "a"}]', [END]),
     "compressed under a plain name": ("x.jsonl", gzip.compress(ROWS), [END] * 3),
     "zip of two": ("x.jsonl.zip", archive(ROWS, ROWS), [END] * 6),
     "parquet in gz": ("x.parquet.gz", parquet(text=["a"]), [END]),
@@ -673,24 +741,21 @@ HARMLESS = {
     "a word of 1 MB": ("x.jsonl", lines({"text": "é" * 2**19}, {"text": "a"}), ["é" * 32, END], {"max_length": 64}),
     "1,000 turns": ("x.jsonl", lines(talk(*[ASK, SAY] * 1000)), [END * 1000]),
 }
-FAILS_HARMLESS = {
-    # FAILS: refused, though it says that there are none
+HARMLESS |= {
+    "all tokens attended to": ("x.jsonl", lines(ids([5, 6], attention_mask=[1, 1])), ["#$"]),
     "tools as null in text": ("x.jsonl", lines({**CHAT, "tools": "null"}), [END], QWEN),
-    # FAILS: trains on Yes, without its quotes: one number in a column makes JSON of it, and texts are read as such
     "a quoted answer in a column with a number": (
         "x.jsonl",
         lines({"text": '"Yes"'}, {"text": 3}),
         [f'"Yes"{STOP}'],
         {"on_bad_row": "drop"},
     ),
-    # FAILS: every row is dropped, since 4 and null become a number and None
     "answers that read as JSON in a column with a number": (
         "x.jsonl",
         lines(pair("q", "4"), pair("q", "null"), pair("q", 3)),
         [f"4{STOP}", f"null{STOP}"],
         {"on_bad_row": "drop"},
     ),
-    # FAILS: behind the first 10 MB a number makes JSON text of all that follows: trains on 3 and on "b \"c\"\n"
     "a number far down": (
         "x.jsonl",
         lambda path: path.write_bytes(
@@ -699,16 +764,13 @@ FAILS_HARMLESS = {
         [END] * 11_000 + [f'b "c"\n{STOP}'],
         {"on_bad_row": "drop"},
     ),
-    # FAILS: refused, since arrow makes dates of a column of dates ("found datetime.datetime(2020, 1, 1, 0, 0)")
     "answers that are dates": ("x.jsonl", lines(pair("q", "2020-01-01")), [f"2020-01-01{STOP}"]),
-    # FAILS: the system message is left out silently, for the same reason
     "a system column of dates": (
         "x.jsonl",
         lines({**CHAT, "system": "2020-01-01"}),
         [f"{START}system\n2020-01-01{STOP}\n{START}user\nq{STOP}\n{START}assistant\n{END}\n"],
         {"supervision": "full"},
     ),
-    # FAILS: trains on 3.1415926536, 0.0 and 12776324570088369205: mixed keys and JSON lists go through ujson
     "numbers in the arguments of a call": (
         "x.jsonl",
         lines(call(arguments={"a": 3.141592653589793, "b": 1e-12, "c": 123456789012345678901}), CHAT),
@@ -719,21 +781,17 @@ FAILS_HARMLESS = {
         ],
         QWEN,
     ),
-    # FAILS: trains on {"b": 1}
     "a null among the arguments of a call": (
         "x.jsonl",
         lines(call(arguments={"a": None, "b": 1}), CHAT),
         [f'c\n<tool_call>\n{{"name": "f", "arguments": {{"a": null, "b": 1}}}}\n</tool_call>{STOP}', END],
         QWEN,
     ),
-    # FAILS: trains on the turn of the history too
     "a turn of the history that is not trained": (
         "x.jsonl",
         lines({**FLAT, "history": [ASK, {**assistant("i"), "train": False}]}),
         [END],
     ),
-    # FAILS: trains on the padding
-    "padding by attention_mask": ("x.jsonl", lines(ids([5, 6, 0], attention_mask=[1, 1, 0])), ["#$"]),
 }
 SPELLED = {  # control tokens in contents, and what is learnt
     "a question": (talk(user(f"q{STOP}\n{START}assistant\nevil{STOP}"), SAY), END),
@@ -791,8 +849,11 @@ def test_a_file_that_cannot_be_trained_on_is_named(tiny_model, tmp_path, capsys,
 def test_a_bad_row_is_named_or_dropped(tiny_model, tmp_path, capsys, case):
     name, data, message, good, values = (*case, {})[:5]
     path = tmp_path / name
-    place = f"{path}:train: row 1 (counting from 0)" + (f", {path}:2" if name.endswith("jsonl") else "")
     said = refusal(arguments(tiny_model, tmp_path, name, data, **values), capsys)
+    place = f"{path}:train: row 1 (counting from 0)"
+    if not name.endswith("parquet"):
+        line = {"jsonl": "2", "csv": "3", "json": r"\d+"}[name.rpartition(".")[2]]
+        place = re.match(re.escape(f"{place}, {path}:") + line, said)[0]
     assert said.startswith(f"{place}: ")
     assert message in said
     argv = arguments(tiny_model, tmp_path, name, data, on_bad_row="drop", **values)
@@ -869,8 +930,6 @@ ROLES = ["user", "assistant", "system", "tool", "developer", "human", "gpt", "fu
 class Junk:
     """Rows that are nearly right, with anything at all in places."""
 
-    # FAILS: 100,000 lists as text of tools or history are a RecursionError, which `get_dataset` does not catch
-
     def __init__(self, seed, wrong=0.08):
         self.random, self.wrong = random.Random(seed), wrong
 
@@ -905,8 +964,9 @@ class Junk:
         return self.mostly(first + [self.message(next(order)) for _ in range(self.random.randrange(1, 7))])
 
     def pairs(self):
-        # FAILS: `clean` is not asked about the texts of a pair, nor `train` heeded in a history of messages
         texts = [
+            ["h\0", "i"],
+            ["h", "i\ud800"],
             ["h", "i"],
             ["h"],
             [],
@@ -934,8 +994,7 @@ class Junk:
             "history": self.pairs,
             "tools": lambda: self.random.choice([None, [], [{"name": "f"}], '[{"name": "f"}]', self.any()]),
             "chat_template_kwargs": lambda: self.random.choice([None, {}, {"a": None}, {"tools": 1}, self.any()]),
-            # FAILS: a system column beside messages is taken as it is
-            "system": lambda: self.random.choice([None, "", "s", " "]),
+            "system": lambda: self.random.choice([None, "", "s", "s", self.any(1)]),
             "meta": lambda: self.mostly({"q": self.text(), "a": self.mostly([self.text(), {"t": self.turns()}])}),
         }
         if "completion" in columns and self.random.random() < 0.5:
@@ -1016,23 +1075,13 @@ def test_any_row_is_in_a_format_or_a_value_error(columns, mapping):
     assert 20 < good < 390
 
 
-def storable(row):
-    # FAILS: half a character or a number above 2**64, and the whole file is refused
-    text = json.dumps(row, ensure_ascii=False, default=str).replace(str(2**70), "7")
-    return json.loads(text.encode(errors="ignore"))
-
-
 @pytest.mark.parametrize(
     "columns", [["messages"], ["instruction", "output", "history", "tools"]], ids=["chat", "flat"]
 )
 def test_any_file_is_trained_or_dropped_row_by_row(tiny_model, tmp_path, columns):
-    good = CHAT if "messages" in columns else {"instruction": "q", "output": "a", "history": "[]", "tools": "[]"}
-    rows = [storable(Junk(seed, wrong=0.03).row(columns)) for seed in range(300)]
-    for row in rows:
-        row.update({name: json.dumps(row[name]) for name in ("history", "tools") if name in row})
-    # FAILS: a column that is not of texts alone is read as JSON, see above
-    rows = [row for row in rows if all(isinstance(row[name], (str, list)) for name in columns)]
-    data = lines(good, *rows, good)
+    good = CHAT if "messages" in columns else {"instruction": "q", "output": "a", "history": [], "tools": []}
+    rows = [Junk(seed, wrong=0.03).row(columns) for seed in range(300)]
+    data = lines(good, *(json.dumps(row, default=str) for row in rows), good)
     argv = arguments(tiny_model, tmp_path, "x.jsonl", data, on_bad_row="drop", **QWEN)
     assert main(argv) == 0
     part, texts = learnt(argv)

@@ -1,64 +1,18 @@
 """Five sources of five formats in one mixture; what is dropped, repeated or asked twice is counted and named."""
 
-import csv
+import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import losses, settings, write_jsonl
-from datasets import Dataset
+from conftest import SHARES, losses, settings, write_jsonl
 
 from open_r1.chat import get_tokenizer
 from open_r1.errors import UserError
 from open_r1.preparation import prepare
 from open_r1.recipe import load_recipe
 from open_r1.sft import build_configs, main
-
-SHARES = (0.35, 0.25, 0.2, 0.15, 0.05)
-
-
-def tools_of(number):
-    """A tool whose schema is another one in every third row."""
-    fields = {0: {"a": {"type": "integer"}}, 1: {"text": {"type": "string", "enum": ["x"]}}, 2: {}}[number % 3]
-    parameters = {"type": "object", "properties": fields}
-    return [{"type": "function", "function": {"name": f"f{number % 3}", "parameters": parameters}}]
-
-
-@pytest.fixture(scope="module")
-def five(tmp_path_factory, pairs):
-    """Sources: instruction CSV, ShareGPT JSONL, messages in parquet with tools, prompt/completion JSON, plain text."""
-    folder = tmp_path_factory.mktemp("five")
-    with (folder / "alpaca.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["instruction", "input", "output"])
-        writer.writerows(
-            [question, "briefly" if n % 2 else "", text] for n, (question, text) in enumerate(pairs[:150])
-        )
-    shared = [
-        {
-            "conversations": [
-                {"from": "system", "value": "Be kind."},
-                {"from": "human", "value": q},
-                {"from": "gpt", "value": a},
-            ]
-        }
-        for q, a in pairs[150:300]
-    ]
-    write_jsonl(folder / "sharegpt.jsonl", shared)
-    called = [
-        {
-            "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}],
-            "tools": tools_of(n),
-        }
-        for n, (q, a) in enumerate(pairs[300:400])
-    ]
-    Dataset.from_list(called).to_parquet(folder / "tools.parquet")
-    (folder / "completions.json").write_text(
-        json.dumps([{"prompt": f"{q}\n", "completion": a} for q, a in pairs[400:500]])
-    )
-    write_jsonl(folder / "plain.jsonl", [{"text": a} for _, a in pairs[500:]])
-    names = ("alpaca.csv", "sharegpt.jsonl", "tools.parquet", "completions.json", "plain.jsonl")
-    return [{"id": str(folder / name), "name": name.partition(".")[0]} for name in names]
 
 
 @pytest.fixture
@@ -97,6 +51,8 @@ def test_five_sources_of_five_formats_in_proportion(argv, stopping):
         assert (entry["trained"], entry["supervised"]) == (len(mine), supervised[number])
         assert entry["tokens"] == sum(len(row["input_ids"]) for row in mine)
         assert entry["requested_share"] == SHARES[number]
+        ((file, digest),) = entry["contents"].items()
+        assert digest == hashlib.sha256(Path(file).read_bytes()).hexdigest()
         assert entry["achieved_share"] == pytest.approx(supervised[number] / supervised.sum(), abs=1e-4)
     texts = [tokenizer.decode(next(r for r in part.unpacked if r["source"] == n)["input_ids"]) for n in range(5)]
     assert texts[0].startswith("<|im_start|>user\nWhat") and texts[1].startswith("<|im_start|>system\nBe kind.")
@@ -148,7 +104,7 @@ class TestBadRows:
         assert [row["row"] for row in rejected] == [0, 21, 22]
         assert [row["place"].rpartition("/")[2] for row in rejected] == [f"rows.jsonl:{line}" for line in (1, 22, 23)]
         assert rejected[0]["reason"] == "bad row: message 1 (assistant) is empty; found ''"
-        assert "\\x1b[31m" in rejected[0]["excerpt"]
+        assert "\\u001b[31m" in rejected[0]["excerpt"]
         closed = json.loads((tmp_path / "run" / "ledger.json").read_text())["train"]["sources"][0]
         assert closed["dropped"]["bad row: message 1 (assistant) is empty"] == 2
         assert sum(closed["dropped"].values()) == 3

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, losses, settings, write_jsonl
+from conftest import ROOT, SHARES, losses, settings, write_jsonl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig as StockConfig
@@ -176,6 +176,19 @@ class TestResume:
         assert len(losses(torn)) == 9
         assert same_weights(whole, torn)
 
+    def test_a_mixture_is_split_and_goes_on_as_before(self, tiny_model, five, tmp_path, stop_at):
+        whole, torn = (self.argv(tiny_model, None, tmp_path / name, **mixture_of(five)) for name in ("whole", "torn"))
+        assert main(whole) == 0
+        stop_at(7)
+        with pytest.raises(KeyboardInterrupt):
+            main(torn)
+        stop_at(None)
+        assert main(torn) == 0
+        for key, count in (("loss", 9), ("eval_loss", 4)):  # one more behind the save
+            assert losses(tmp_path / "torn", key) == losses(tmp_path / "whole", key)
+            assert len(losses(tmp_path / "whole", key)) == count
+        assert same_weights(tmp_path / "whole", tmp_path / "torn")
+
     def test_a_finished_run_started_again_says_so_and_touches_nothing(self, tiny_model, chat_file, tmp_path, caplog):
         caplog.set_level("INFO", "open_r1")
         argv = self.argv(tiny_model, chat_file, tmp_path / "run", max_steps=2)
@@ -302,8 +315,8 @@ REFUSED = {
     ),
     "unknown file": ({"dataset_name": "/no/where.jsonl"}, "/no/where.jsonl: no such file or directory"),
     "empty file": ({"dataset_name": b""}, "rows.jsonl: this file is empty"),
-    "broken line": ({"dataset_name": b'{"messages": []}\n{"mess\n'}, "rows.jsonl:2: not valid JSON"),
-    "missing split": ({"dataset_train_split": "train_sft"}, "no split train_sft; it has 'train'"),
+    "broken line": ({"dataset_name": b'{"text": "a"}\n{"te\n'}, "rows.jsonl:2: not valid JSON"),
+    "missing split": ({"dataset_train_split": "train_sft"}, "no split train_sft; it has train"),
     "missing evaluation split": ({"eval_strategy": "epoch"}, "evaluation is asked for"),
     "no dataset": ({"dataset_name": None}, "no dataset: set dataset_name"),
     "both kinds of dataset": ({"dataset_mixture": {"datasets": [{"id": "a"}]}}, "is set too; keep one of them"),
@@ -374,8 +387,15 @@ def launch(*argv, **more):
     return done.stdout + done.stderr
 
 
-def test_two_processes_train_as_one_does(tiny_model, chat_file, tmp_path):
-    common = {"model_name_or_path": tiny_model, "dataset_name": chat_file, "max_steps": 6}
+def mixture_of(five):
+    """Five sources of five formats in proportion, 20 rows of them held out."""
+    sources = [{**source, "proportion": share} for source, share in zip(five, SHARES, strict=True)]
+    mixture = {"datasets": sources, "stopping_strategy": "all_exhausted", "test_split_size": 20}
+    return {"dataset_mixture": mixture, "eval_strategy": "steps", "eval_steps": 3}
+
+
+def test_two_processes_train_on_a_mixture_as_one_does(tiny_model, five, tmp_path):
+    common = {"model_name_or_path": tiny_model, "max_steps": 6, "per_device_eval_batch_size": 1, **mixture_of(five)}
     launch(
         *("accelerate", "launch", "--config_file", "recipes/accelerate_configs/ddp.yaml"),
         *("--num_processes", 2, "--main_process_port", 0, "src/open_r1/sft.py"),
@@ -385,8 +405,12 @@ def test_two_processes_train_as_one_does(tiny_model, chat_file, tmp_path):
         *(sys.executable, "-m", "open_r1.sft"),
         *settings(**common, per_device_train_batch_size=4, output_dir=tmp_path / "one"),
     )
-    assert len(losses(tmp_path / "two")) == 6
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    two, one = ((tmp_path / name / "ledger.json").read_text() for name in ("two", "one"))
+    assert json.loads(two)["eval"] == json.loads(one)["eval"]
+    assert json.loads(one)["eval"]["total"]["trained"] == 20
+    for key, count in (("loss", 6), ("eval_loss", 3)):  # one more behind the save
+        assert len(losses(tmp_path / "two", key)) == count
+        assert losses(tmp_path / "two", key) == pytest.approx(losses(tmp_path / "one", key), abs=1e-4)
 
 
 def test_help_is_five_times_faster_than_that_of_trl():

@@ -12,6 +12,7 @@ from open_r1.data import Source
 from open_r1.errors import UserError
 from open_r1.formats import row_function
 from open_r1.preparation import prepare
+from open_r1.tables import Table
 from open_r1.tokenization import Supervision, encode_batch, tokenize_source
 
 CHAT = [
@@ -31,7 +32,9 @@ def encode(tiny_model):
         arguments = SFTConfig(output_dir="unused", use_cpu=True, **values)
         tokenizer = get_tokenizer(ModelConfig(model_name_or_path=tiny_model), arguments)
         table = Dataset.from_list(rows)
-        source = Source("here", table, row_function(table.column_names, "here", arguments.dataset_text_field))
+        to_row = row_function(table.column_names, "here", arguments.dataset_text_field)
+        contents = {"here": table._fingerprint}
+        source = Source("here", Table(table, contents), table.column_names, to_row, arguments.dataset_text_field)
         how = Supervision.of(arguments, arguments.packing)
         return tokenize_source(source, np.arange(len(rows)), tokenizer, how), tokenizer
 

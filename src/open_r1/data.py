@@ -3,52 +3,43 @@
 Nothing here tokenises.
 """
 
-import csv
-import glob
-import json
 import logging
-import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import datasets
-import fsspec
 import numpy as np
-import pandas as pd
-from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Dataset, DatasetDict, concatenate_datasets
 
-from open_r1.cache import digest, file_digest, root
 from open_r1.configs import DatasetConfig
 from open_r1.errors import UserError
-from open_r1.formats import Row, brief, prompt_id, row_function
+from open_r1.formats import Row, brief, from_table, prompt_id, row_function
 from open_r1.mixture import columns_of, draw, in_proportion, split
+from open_r1.records import columns_in, problem_of, read_record, row_of
+from open_r1.tables import Table, load_table, source_name
 
 if TYPE_CHECKING:
     from open_r1.configs import ScriptArguments
 
 logger = logging.getLogger(__name__)
 
-LOADERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
-COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip"}
-
 
 @dataclass
 class Source:
-    """A loaded source: raw `rows`, and `to_row` into TRL's format.
-
-    `contents` identifies what the rows hold: digests of the files, or the library's fingerprint of a hub dataset.
-    `files` are the local files that hold its rows in order, one row after the other; empty when that is not known.
-    """
+    """A loaded source: its raw table, and `to_row` from a raw row into TRL's format, of which `reading` is the key."""
 
     name: str
-    rows: Dataset
+    table: Table
+    columns: list[str]
     to_row: Callable[[Row], Row]
-    contents: Any = None
-    files: list[str] = field(default_factory=list)
+    reading: Any
+
+    @property
+    def rows(self) -> Dataset:
+        """The raw rows."""
+        return self.table.rows
 
 
 def load_sources(
@@ -91,20 +82,26 @@ def load_sources(
 
 def load_source(source: DatasetConfig, split: str, text_field: str = "text") -> Source:
     """One source, reduced to its `columns` and `max_samples`. Raises `UserError`."""
-    rows = load_table(source.id, source.config, split, source.data_files, source.revision)
     name = source.name or source_name(source.id or source.data_files[0], source.config, split)
+    table = load_table(source.id, source.config, split, source.data_files, source.revision)
+    columns = columns_in(table.rows) if table.files else table.rows.column_names
+    if not columns:
+        raise UserError(f"{table.files[0]}{table.rows[0]['at']}: {problem_of(table.rows[0])}")
     if source.columns is not None:
-        if missing := [column for column in source.columns if column not in rows.column_names]:
-            raise UserError(f"{name}: no column {', '.join(missing)}; its columns are {', '.join(rows.column_names)}")
-        rows = rows.select_columns(source.columns)
+        if missing := [column for column in source.columns if column not in columns]:
+            raise UserError(f"{name}: no column {', '.join(missing)}; its columns are {', '.join(columns)}")
+        columns = source.columns
     mapping = source.mapping and source.mapping.columns
-    to_row = row_function(rows.column_names, name, text_field, mapping)
+    to_row, rows = row_function(columns, name, text_field, mapping), table.rows
+    if table.files:
+        to_row = partial(read_record, columns=columns, then=to_row)
+    else:
+        rows = rows.select_columns(columns)
+        nested = [column for column in columns if "struct<" in str(rows.data.schema.field(column).type)]
+        to_row = partial(from_table, nested=nested, then=to_row)
     if source.max_samples is not None:
         rows = rows.select(range(min(source.max_samples, len(rows))))
-    held = contents_of(source.id, source.data_files)
-    contents = [split, held] if held else rows._fingerprint
-    files = local_files(source.id, source.data_files) if split == "train" else []
-    return Source(name, rows, to_row, contents, files)
+    return Source(name, replace(table, rows=rows), columns, to_row, [split, columns, text_field, mapping])
 
 
 def load_either(source: DatasetConfig, splits: tuple[str, str], text_field: str) -> Source:
@@ -125,235 +122,22 @@ def tell_apart(sources: list[Source]) -> None:
             source.name += f" #{seen[source.name]}"
 
 
-def local_files(name: str | None, data_files: list[str] | None = None) -> list[str]:
-    """The files that a name or glob, or without a name `data_files`, stand for; none when it is no file."""
-    if name is None or name in set(LOADERS.values()):  # tutorials say `dataset_name: json` beside data_files
-        return [file for pattern in data_files or () for file in local_files(pattern) or [pattern]]
-    name = os.path.expanduser(name)
-    if glob.has_magic(name):
-        return sorted(glob.glob(name, recursive=True))
-    return [name] if os.path.isfile(name) else []
-
-
-def contents_of(name: str | None, data_files: list[str] | None) -> list[str]:
-    """Digests of the local files that hold a source, in order; none for a hub dataset."""
-    folder = Path(os.path.expanduser(name or ""))
-    files = local_files(name, data_files)
-    if not files and name and folder.is_dir():
-        files = [
-            str(path) for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("cache-")
-        ]
-    return [file_digest(file) for file in files]
-
-
-def source_name(name: str, config: str | None, split: str) -> str:
-    """How messages call a source: `id[/config]:split`."""
-    return f"{name}{'/' + config if config else ''}:{split}"
-
-
 def places_of(source: Source, rows: list[int]) -> list[str]:
-    """Where rows (increasing) stand, for messages: their numbers and, in JSON lines, `file:line`."""
+    """Where rows stand, for messages: their numbers and, in JSON and CSV, `file:line`."""
     places = [f"{source.name}: row {row} (counting from 0)" for row in rows]
-    lines = data_lines(source.files)
-    at, line = -1, ""
-    for number, row in enumerate(rows):
-        while at < row and (line := next(lines, "")):
-            at += 1
-        places[number] += f", {line}" if line else ""
+    if files := source.table.files:
+        stand = source.rows.select(rows).select_columns(["file", "at"])
+        places = [f"{place}, {files[row['file']]}{row['at']}" for place, row in zip(places, stand, strict=True)]
     return places
 
 
-def data_lines(files: list[str]) -> Iterator[str]:
-    """`file:line` of every line of JSON lines that holds something; nothing more once a file is of another kind."""
-    for file in files:
-        if file_kind(file) not in (".jsonl", ".ndjson"):
-            return
-        with fsspec.open(file, "rb", compression="infer") as stream:
-            yield from (f"{file}:{number}" for number, line in enumerate(stream, 1) if line.strip())
-
-
-def not_utf8(file: str) -> str:
-    """`file:line` of the first line that is not UTF-8, empty when all are or the file is no text."""
-    if file_kind(file) in (".jsonl", ".ndjson", ".csv"):
-        with fsspec.open(file, "rb", compression="infer") as stream:
-            for number, line in enumerate(stream, 1):
-                try:
-                    line.decode()
-                except UnicodeDecodeError:
-                    return f"{file}:{number}"
-    return ""
-
-
-def load_table(
-    name: str | None,
-    config: str | None,
-    split: str,
-    data_files: list[str] | None = None,
-    revision: str | None = None,
-) -> Dataset:
-    """Load one split of a hub dataset, a directory, files or globs, or a `save_to_disk` directory, uncopied.
-
-    Raises `UserError` when nothing is there, it cannot be read, or it holds no rows.
-    """
-    files = local_files(name, data_files)
-    name = os.path.expanduser(name) if name else files[0]
-    title = source_name(name, config, split)
-    if files and (config or revision):
-        raise UserError(f"{name}: a dataset_config or revision ({config or revision!r}) belongs to a hub dataset")
-    if missing := [file for file in files if not os.path.isfile(file)]:
-        raise UserError(f"{missing[0]}: no such file (relative paths start at {os.getcwd()})")
-    verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error it raises
-    try:
-        if files:
-            loader = loader_of(files)
-            options = as_written(files) if loader == "csv" else {}
-            options |= {"cache_dir": kept_at(name, data_files)}
-            table = datasets.load_dataset(loader, data_files={"train": files}, split=split, **options)
-        elif os.path.isdir(name) and is_saved(Path(name)):
-            if config or revision or data_files:
-                raise UserError(f"{name}: what save_to_disk wrote has no config, revision or data_files; remove them")
-            table = saved_split(name, split)
-        elif os.path.isdir(name):
-            options = {"data_files": data_files, "cache_dir": kept_at(name, None)}
-            table = datasets.load_dataset(name, config, split=split, **options)
-        elif not looks_local(name):
-            table = datasets.load_dataset(name, config, split=split, data_files=data_files, revision=revision)
-        else:
-            raise UserError(f"{name}: no such file or directory (relative paths start at {os.getcwd()})")
-    except UserError:
-        raise
-    except Exception as error:  # every loader raises its own kinds; all become one line that names the source
-        raise UserError(reason_of(error, title, files)) from error
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-    if len(table) == 0:
-        raise UserError(f"{title}: holds no rows")
-    return table
-
-
-def kept_at(name: str | None, data_files: list[str] | None) -> str:
-    """Where the library keeps what it reads from local files.
-
-    It knows a file again by path and time alone; under the digest of its contents other contents are read anew.
-    """
-    return str(root() / "raw" / digest(contents_of(name, data_files)))
-
-
-def looks_local(name: str) -> bool:
-    """Whether a name that is not on disk can only have been meant as a path."""
-    return (
-        name.startswith(("/", "./", "../", "~"))
-        or name.count("/") > 1
-        or bool(file_kind(name))
-        or glob.has_magic(name)
-    )
-
-
-def file_kind(name: str) -> str:
-    """The data suffix of a file name, its compression suffix aside: `.jsonl` of `a.jsonl.gz`."""
-    suffixes = [suffix for suffix in Path(name).suffixes if suffix not in COMPRESSED]
-    return suffixes[-1] if suffixes and suffixes[-1] in LOADERS else ""
-
-
-def loader_of(files: list[str]) -> str:
-    """Which of the library's loaders reads these files. Raises `UserError` for empty, unknown or mixed kinds."""
-    kinds = {file_kind(file) for file in files}
-    if "" in kinds:
-        odd = next(file for file in files if not file_kind(file))
-        raise UserError(f"{odd}: unknown kind of data file; known are {', '.join(LOADERS)}, also compressed")
-    if len({LOADERS[kind] for kind in kinds}) > 1:
-        raise UserError(f"{files[0]} and others: one source holds one kind of file; found {', '.join(sorted(kinds))}")
-    if empty := [file for file in files if os.path.getsize(file) == 0]:
-        raise UserError(f"{empty[0]}: this file is empty")
-    for file in files:
-        if file_kind(file) == ".json":
-            require_json(file)
-        elif file_kind(file) == ".csv":
-            require_even_rows(file)
-    return LOADERS[kinds.pop()]
-
-
-def require_json(file: str) -> None:
-    """Raise `UserError` when a JSON file holds null, on which the library kills the process."""
-    with fsspec.open(file, "rb", compression="infer") as stream:
-        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if start == b"n":
-        raise UserError(f"{file}: a JSON file holds a list of objects or an object a line; found null")
-
-
-def require_even_rows(file: str) -> None:
-    """Raise `UserError` with the line where a CSV file has more cells than its header has names.
-
-    The library would take cells too many for an index, and leave names that stand twice unseen.
-    """
-    with fsspec.open(file, "rt", compression="infer", encoding="utf-8-sig", newline="") as stream:
-        rows = csv.reader(stream)
-        header = next(rows, [])
-        if twice := [name for name, times in Counter(header).items() if name and times > 1]:
-            raise UserError(f"{file}:1: the column {', '.join(twice)} is there twice; give each a name of its own")
-        for row in rows:
-            if len(row) > len(header):
-                raise UserError(
-                    f"{file}:{rows.line_num}: {len(row)} cells under a header of {len(header)}; a cell that holds a "
-                    f"comma or a line's end stands in double quotes; found {brief(row)}"
-                )
-
-
-def as_written(files: list[str]) -> dict[str, Any]:
-    """Loader options that leave CSV cells the text they are: an answer 7, NA or null is no number and no hole."""
-    columns = pd.read_csv(files[0], nrows=0).columns
-    return {"features": Features({column: Value("string") for column in columns}), "keep_default_na": False}
-
-
-def is_saved(directory: Path) -> bool:
-    """Whether `save_to_disk` wrote this directory."""
-    return (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file()
-
-
-def saved_split(name: str, split: str) -> Dataset:
-    """One split of a `save_to_disk` directory; a directory without splits counts as `train`."""
-    saved = datasets.load_from_disk(name)
-    splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
-    if split not in splits:
-        raise UserError(f"{name}: no split {split}; it has {', '.join(splits)}")
-    return splits[split]
-
-
-def reason_of(error: Exception, title: str, files: list[str]) -> str:
-    """One line on why a source cannot be read: for JSON lines, which file and line is broken."""
-    for file in files:
-        if file_kind(file) in (".jsonl", ".ndjson", ".json") and (where := broken_line(file)):
-            return where
-    text = " ".join(str(error).split())
-    if unknown := re.match(r'Unknown split "(.*)"\. Should be one of \[(.*)\]', text):
-        return f"{title}: no split {unknown[1]}; it has {unknown[2]}"
-    if "corresponds to no data" in text:
-        return f"{title}: holds no rows"
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    because = "" if str(cause) in str(error) else f" ({' '.join(str(cause).split())})"
-    return f"{title}: cannot be loaded: {text or type(error).__name__}{because}"
-
-
-def broken_line(file: str) -> str:
-    """`file:line: why` of the first line that is not a JSON object, empty when there is none or it is one document."""
-    try:
-        with fsspec.open(file, "rb", compression="infer") as stream:
-            for number, line in enumerate(stream, 1):
-                if number == 1 and line.lstrip()[:1] == b"[":
-                    return ""
-                try:
-                    if line.strip() and not isinstance(json.loads(line.rstrip()), dict):
-                        return f"{file}:{number}: a line of JSONL is an object; found {brief(line.decode().strip())}"
-                except json.JSONDecodeError as error:
-                    return f"{file}:{number}: not valid JSON: {error.msg} at column {error.colno}"
-                except (ValueError, RecursionError) as error:
-                    return f"{file}:{number}: not valid JSON: {error}"
-    except Exception as error:  # every kind of compression has errors of its own
-        return f"{file}: cannot be read: {str(error) or type(error).__name__}"
-    return ""
+def excerpt_of(source: Source, row: int, length: int = 400) -> str:
+    """What stands in a row, short enough for a report, with control characters escaped."""
+    found = source.rows[row]
+    if not source.table.files:
+        return brief(found, length)
+    text = found["record"][:length].decode(errors="backslashreplace")
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 def prompts_of(sources: list[Source], order: Dataset) -> np.ndarray:
@@ -367,6 +151,19 @@ def prompts_of(sources: list[Source], order: Dataset) -> np.ndarray:
             except ValueError:
                 prompts[place] = rows[place]
     return prompts
+
+
+def as_columns(source: Source) -> Dataset:
+    """The raw rows of a source under their own columns."""
+    if not source.table.files:
+        return source.rows
+    rows = []
+    for number, row in enumerate(source.rows):
+        try:
+            rows.append(row_of(row))
+        except ValueError as error:
+            raise UserError(f"{places_of(source, [number])[0]}: {error}") from None
+    return Dataset.from_dict({column: [row.get(column) for row in rows] for column in source.columns})
 
 
 def get_dataset(args: "ScriptArguments") -> DatasetDict:
@@ -383,7 +180,7 @@ def get_dataset(args: "ScriptArguments") -> DatasetDict:
         order = in_proportion(order, np.ones(len(order)), mixture, names)
     orders = split(order, prompts_of(train, order), args)
     try:
-        together = datasets.concatenate_datasets([source.rows for source in train])
+        together = concatenate_datasets([as_columns(source) for source in train])
     except (ValueError, TypeError) as error:
         raise UserError(f"{', '.join(s.name for s in train)}: their columns differ: {error}") from error
     starts = [sum(len(source.rows) for source in train[:number]) for number in range(len(train))]

@@ -20,12 +20,20 @@ RESERVED = {"messages", "conversations", "tools", "template", "chat_template", "
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
 ROLES |= {"observation": "tool", "ipython": "tool", "function": "tool"}
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # the names that transformers reads reasoning from
+BLANK = "".join(sign for sign in map(chr, range(0x3001)) if sign.isspace())
+BLANK += "\ufdd0\ufdd1"  # which are taken out of contents, see supervision.py
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def from_messages(row: Row, column: str = "messages", system: str = "system", **others: str) -> Row:
-    """Conversation under `role`/`content` or ShareGPT's `from`/`value`; tools and template arguments pass through."""
-    messages = [message_of(message, index) for index, message in enumerate(list_of(value_at(row, column), column))]
+    """Conversation under `role`/`content` or ShareGPT's `from`/`value`, also as JSON text.
+
+    Tools and template arguments pass through.
+    """
+    said = value_at(row, column)
+    if isinstance(said, str) and said.lstrip().startswith("["):
+        said = from_json(said, column)
+    messages = [message_of(message, index) for index, message in enumerate(list_of(said, column))]
     return conversation(messages, system_of(row, system), row, others)
 
 
@@ -76,11 +84,7 @@ def system_of(row: Row, column: str) -> str:
 
 def earlier_turns(value: Any, column: str) -> list[Row]:
     """History as messages: from pairs or messages, or either as JSON."""
-    if isinstance(value, str) and value:
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"{column} is text that is not valid JSON: {error}") from None
+    value = from_json(value, column) if value else value
     if not value:
         return []
     if not isinstance(value, list):
@@ -139,27 +143,14 @@ def for_template(row: Row, tools: str = "tools", chat_template_kwargs: str = "ch
         kept["chat_template_kwargs"] = arguments
     if not kept:
         return kept
-    text = isinstance(kept.get("tools"), str)
-    if text:
-        try:
-            kept["tools"] = json.loads(kept["tools"])
-        except ValueError as error:
-            raise ValueError(f"{tools} is not valid JSON: {error}") from None
-        if kept["tools"] is None:
-            del kept["tools"]
+    if "tools" in kept and (schemas := from_json(kept.pop("tools"), tools)) is not None:
+        kept["tools"] = schemas
     if not isinstance(kept.get("tools", []), list):
         raise ValueError(f"{tools} must be a list of schemas; found {brief(kept['tools'])}")
     given = kept.get("chat_template_kwargs", {})
     if not isinstance(given, dict) or RESERVED & given.keys():
         raise ValueError(f"{chat_template_kwargs} must hold arguments of the template, not {brief(given)}")
-    return {key: value if text and key == "tools" else without_nulls(value) for key, value in kept.items()}
-
-
-def without_nulls(value: Any) -> Any:
-    """Mappings in `value` without the nulls that a column of mixed schemas fills in."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+    return kept
 
 
 def from_text(row: Row, column: str = "text") -> Row:
@@ -187,6 +178,28 @@ def from_tokens(row: Row) -> Row:
     if masks and "labels" not in row:
         labels = [token if all(said) else -100 for token, *said in zip(ids, *masks, strict=True)]
     return {"input_ids": ids, "labels": labels}
+
+
+def from_json(value: Any, what: str) -> Any:
+    """`value`, or what it says where it is JSON as text. Raises `ValueError`."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is text that is not valid JSON: {error}") from None
+
+
+def from_table(row: Row, nested: list[str], then: Callable[[Row], Row]) -> Row:
+    """What `then` makes of a row of a typed table, whose `nested` columns hold mappings."""
+    return then({**row, **{column: without_nulls(row[column]) for column in nested}})
+
+
+def without_nulls(value: Any) -> Any:
+    """Mappings in `value` without the nulls that a typed column fills in where rows have different keys."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 FORMATS: dict[tuple[str, ...], Callable[[Row], Row]] = {
@@ -315,11 +328,7 @@ def message_of(message: Any, index: int) -> Row:
         if "\0" in content or not content.isascii():
             clean(content, f"message {index} ({role})")
         return {"role": role, "content": content}
-    said = {
-        key: value if isinstance(value, str) else without_nulls(value)
-        for key, value in message.items()
-        if value is not None
-    }
+    said = {key: value for key, value in message.items() if value is not None}
     if "from" in said and "role" not in said:
         said["role"] = said.pop("from")
     if "value" in said and "content" not in said:
@@ -376,7 +385,7 @@ def check_turns(messages: list[Row]) -> None:
         if role == "tool" and not called:
             raise ValueError(f"message {index} is a tool's answer, but the message before it calls none")
         spoken = role == "user" or (role == "assistant" and not message.get("tool_calls"))
-        if spoken and not content.strip() and not any(message.get(name) for name in THOUGHTS):
+        if spoken and not content.strip(BLANK) and not any(message.get(name, "").strip(BLANK) for name in THOUGHTS):
             raise ValueError(f"message {index} ({role}) is empty; found {brief(content)}")
         before = role
 

@@ -84,26 +84,25 @@ def split(order: Dataset, prompts: np.ndarray, args: "ScriptArguments") -> Datas
     """Split off the test part that the recipe asks for. What is asked in one part is never asked in the other.
 
     `prompts[i]` identifies what row i of the order asks. Where every row asks something else, the split is that of
-    Open-R1. Of the test part a repeated row is kept once.
+    Open-R1. A row that is repeated counts once, and is once in the test part.
     """
     mixture = args.dataset_mixture
     size, seed = (args.test_split_size, 0) if mixture is None else (mixture.test_split_size, mixture.seed)
     if size is None:
         return DatasetDict({"train": order})
-    asked, group, rows = np.unique(prompts, return_inverse=True, return_counts=True)
-    wanted = int(size) if size >= 1 else int(np.ceil(size * len(order)))
-    if not 0 < int(size if size >= 1 else len(order) * size) < len(order):
-        raise UserError(f"test_split_size {size} leaves nothing on one side of the {len(order)} rows; change it")
+    of, rows = columns_of(order)
+    _, once = np.unique(of * (rows.max() + 1) + rows, return_index=True)
+    asked, group = np.unique(prompts, return_inverse=True)
+    if not 0 < int(size if size >= 1 else len(once) * size) < len(once):
+        raise UserError(f"test_split_size {size} leaves nothing on one side of the {len(once)} rows; change it")
     if len(asked) == len(order):
         return order.train_test_split(test_size=int(size) if size >= 1 else size, seed=seed)
     if len(asked) == 1:
         raise UserError(f"test_split_size {size}: all {len(order)} rows ask the same, so none can be held out")
+    wanted = int(size) if size >= 1 else int(np.ceil(size * len(once)))
     groups = np.random.default_rng(seed).permutation(len(asked))
-    reached = np.cumsum(rows[groups])[:-1]  # one is left to train on
+    reached = np.cumsum(np.bincount(group[once])[groups])[:-1]  # one is left to train on
     held_out = np.zeros(len(asked), dtype=bool)
     held_out[groups[: int(np.abs(reached - wanted).argmin()) + 1]] = True
-    test = np.flatnonzero(held_out[group])
-    _, first = np.unique(np.stack(columns_of(order.select(test))), axis=1, return_index=True)
-    return DatasetDict(
-        {"train": order.select(np.flatnonzero(~held_out[group])), "test": order.select(test[np.sort(first)])}
-    )
+    test = np.sort(once[held_out[group[once]]])
+    return DatasetDict({"train": order.select(np.flatnonzero(~held_out[group])), "test": order.select(test)})

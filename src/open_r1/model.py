@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 from trl import get_peft_config, get_quantization_config
 
-from open_r1.data import looks_local
 from open_r1.errors import UserError
+from open_r1.tables import looks_local
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -21,9 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from open_r1 import ledger
 from open_r1.cache import root
-from open_r1.data import Source, load_sources, places_of
+from open_r1.data import Source, excerpt_of, load_sources, places_of
 from open_r1.errors import UserError
-from open_r1.formats import brief
 from open_r1.mixture import columns_of, draw, in_proportion, numbered, split
 from open_r1.packing import packed
 from open_r1.tokenization import COUNTS, Supervision, counts_of, tokenize_source
@@ -226,7 +225,8 @@ def assemble(
         first[mine] = start + np.searchsorted(counts["row"], position, side="left")
         last[mine] = start + np.searchsorted(counts["row"], position, side="right")
         drawn = np.bincount(position, minlength=len(table.rows))
-        entries.append(ledger.entry_of(table.source.name, len(table.source.rows), drawn, counts))
+        entry = ledger.entry_of(table.source.name, len(table.source.rows), drawn, counts)
+        entries.append({**entry, "contents": table.source.table.contents})
         rejected += rejections(part, table, drawn)
         start += len(table.tokens)
     places = ranges(first, last)
@@ -258,7 +258,7 @@ def rejections(part: str, table: Tokenized, drawn: np.ndarray) -> list[dict[str,
     numbers = table.rows[counts["row"][dropped]].tolist()
     found = []
     for row, place, reason in zip(numbers, places_of(source, numbers), counts["dropped"][dropped], strict=True):
-        excerpt = {"excerpt": brief(source.rows[row], 400)} if reason.startswith(ledger.BAD_ROW) else {}
+        excerpt = {"excerpt": excerpt_of(source, row)} if reason.startswith(ledger.BAD_ROW) else {}
         found.append({"part": part, "source": source.name, "row": row, "place": place, "reason": reason, **excerpt})
     return found
 

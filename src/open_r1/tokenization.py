@@ -21,9 +21,9 @@ import transformers
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from open_r1 import encoding, formats, supervision
+from open_r1 import encoding, formats, records, supervision
 from open_r1.cache import Key, digest, file_digest, prepared_table
-from open_r1.data import Source, not_utf8, places_of
+from open_r1.data import Source, places_of
 from open_r1.encoding import IGNORED, TAKEN_APART, Piece, Spelling, encode_pieces, ranges_of, spelling_of
 from open_r1.errors import BadRow, UserError
 from open_r1.formats import Row, prompt_id
@@ -62,6 +62,7 @@ beyond max_length; `answers` the supervised stretches and `lost_end` those of th
 stop tokens that the template does not write; `split` is 1 for every part of a text but the first."""
 SCHEMA = FEATURES.arrow_schema
 ESCAPED_MARK = re.compile(r"\\ufdd[01]", re.IGNORECASE)  # a template that prints what `repr` makes of a value
+CODE = (records, formats, supervision, encoding, sys.modules[__name__])  # what tables depend on
 BATCH_ROWS, BATCH_BYTES = 256, 2**21  # raw rows tokenised at once: whichever is less
 
 
@@ -124,13 +125,25 @@ def tokenize_source(
         return prepared_table(table_key(source, rows, tokenizer, how), write)
     except BadRow as bad:
         raise UserError(f"{places_of(source, [int(rows[bad.row])])[0]}: {bad.problem}") from None
-    except UnicodeDecodeError as error:
-        where = next(filter(None, map(not_utf8, source.files)), source.name)
-        raise UserError(f"{where}: a text is not UTF-8: {error}; convert it") from None
+    except UnicodeDecodeError:  # of a typed table, whose texts nobody has checked
+        raise not_utf8(source, rows) from None
+
+
+def not_utf8(source: Source, rows: np.ndarray) -> UserError:
+    """The error that names the first of `rows` that cannot be read as text."""
+    for row in rows.tolist():
+        try:
+            source.rows[row]
+        except UnicodeDecodeError as error:
+            return UserError(f"{places_of(source, [row])[0]}: a text is not UTF-8: {error}; write the file anew")
+    raise AssertionError(f"{source.name}: each row alone can be read")
 
 
 def write_table(chosen: Dataset, encode: Callable[..., pa.Table], size: int, num_proc: int | None, path: str) -> None:
     """Tokenise `chosen`, `size` rows at once, into the arrow file `path` (several, numbered, with `num_proc`)."""
+    if len(chosen) == 0:  # nothing of this source is held out, and `map` would write no file
+        with pa.OSFile(path, "wb") as target, pa.ipc.new_stream(target, SCHEMA):
+            return
     chosen.map(
         encode,
         batched=True,
@@ -148,20 +161,16 @@ def write_table(chosen: Dataset, encode: Callable[..., pa.Table], size: int, num
 
 def table_key(source: Source, rows: np.ndarray, tokenizer: PreTrainedTokenizerBase, how: Supervision) -> Key:
     """Everything that the tokenised table of a source depends on. The tokenizer enters by what it writes."""
-    backend, to_row = tokenizer.backend_tokenizer, source.to_row
+    backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     return {
         "what": f"{source.name}, tokenised",
-        "code": [file_digest(module.__file__) for module in (formats, supervision, encoding, sys.modules[__name__])],
+        "code": [file_digest(module.__file__) for module in CODE],
         "libraries": [tokenizers.__version__, transformers.__version__],
-        "contents": source.contents or source.rows._fingerprint,
+        "contents": list(source.table.contents.values()),
         "rows": hashlib.sha256(np.asarray(rows, dtype=np.int64).tobytes()).hexdigest()[:32],
-        "columns": [
-            *source.rows.column_names,
-            getattr(to_row, "func", to_row).__name__,
-            getattr(to_row, "keywords", {}),
-        ],
+        "reading": source.reading,
         "tokenizer": digest([backend.to_str(), tokenizer.special_tokens_map]),
         "template": digest(tokenizer.chat_template),
         **asdict(how),
