@@ -35,6 +35,81 @@ NARROWED: dict[str, dict[str, Any]] = {
 }
 
 
+def closed(**properties: str) -> dict[str, Any]:
+    """A mapping of known keys, each of one or several JSON types."""
+    fields = {name: {"type": types.split()} for name, types in properties.items()}
+    return {"properties": fields, "additionalProperties": False}
+
+
+# What the schedules of transformers take, and torch's ReduceLROnPlateau; a key of another one is an error.
+SCHEDULES = {
+    "linear": [],
+    "cosine": ["num_cycles"],
+    "cosine_with_restarts": ["num_cycles"],
+    "polynomial": ["lr_end", "power"],
+    "constant": [],
+    "constant_with_warmup": [],
+    "inverse_sqrt": ["timescale"],
+    "reduce_lr_on_plateau": ["mode", "factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lr", "eps"],
+    "cosine_with_min_lr": ["num_cycles", "min_lr", "min_lr_rate"],
+    "cosine_warmup_with_min_lr": ["num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"],
+    "warmup_stable_decay": [
+        *("num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles")
+    ],
+}
+WORDS = {"mode", "threshold_mode", "warmup_type", "decay_type"}
+COUNTS = {"num_decay_steps", "num_stable_steps", "patience", "cooldown", "timescale"}
+SCHEDULE_TYPES = {
+    key: "string" if key in WORDS else "integer null" if key in COUNTS else "number null"
+    for keys in SCHEDULES.values()
+    for key in keys
+}
+FLAGS = dict.fromkeys(("rope", "swiglu", "geglu", "rms_norm", "layer_norm", "cross_entropy"), "boolean")
+NARROWED |= {
+    "lr_scheduler_kwargs": {**closed(**SCHEDULE_TYPES), "x-keys": SCHEDULES},
+    "activation_checkpointing_kwargs": closed(
+        use_reentrant="boolean",
+        preserve_rng_state="boolean",
+        determinism_check="string",
+        debug="boolean",
+        early_stop="boolean",
+        every_n_layers="integer",
+    ),
+    "dataset_kwargs": closed(skip_prepare_dataset="boolean"),
+    "liger_kernel_config": closed(**FLAGS, fused_linear_cross_entropy="boolean"),
+    "accelerator_config": closed(
+        split_batches="boolean",
+        dispatch_batches="boolean null",
+        even_batches="boolean",
+        use_seedable_sampler="boolean",
+        non_blocking="boolean",
+        gradient_accumulation_kwargs="object null",
+        use_configured_state="boolean",
+    ),
+}
+# What a recipe may set in the environment: nothing that says where code, files or credentials come from.
+ENVIRONMENT = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "how many queues a GPU has",
+    "HF_HUB_DOWNLOAD_TIMEOUT": "seconds until a download counts as stalled",
+    "HF_HUB_OFFLINE": "1: take models and data from the cache alone",
+    "HF_XET_HIGH_PERFORMANCE": "1: download with all of the bandwidth",
+    "MLFLOW_EXPERIMENT_NAME": "MLflow's experiment",
+    "NCCL_DEBUG": "what NCCL logs, INFO or WARN",
+    "NCCL_IB_DISABLE": "1: no InfiniBand",
+    "NCCL_IB_HCA": "InfiniBand adapters to use",
+    "NCCL_P2P_DISABLE": "1: no direct copies between GPUs",
+    "NCCL_SOCKET_IFNAME": "network interface between nodes",
+    "OMP_NUM_THREADS": "CPU threads of a process",
+    "PYTORCH_ALLOC_CONF": "how torch allocates memory, e.g. expandable_segments:True",
+    "PYTORCH_CUDA_ALLOC_CONF": "the same under its name before torch 2.9",
+    "TOKENIZERS_PARALLELISM": "false: one thread a tokenizer",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "how NCCL's errors end a process",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "collectives that NCCL's flight recorder keeps",
+    "WANDB_LOG_MODEL": "what W&B uploads of the model",
+    "WANDB_MODE": "online, offline or disabled",
+    "WANDB_NOTES": "W&B's notes on the run",
+    "WANDB_TAGS": "W&B's tags of the run",
+}
 # Values below these cannot be meant, and upstream finds out with the weights in memory.
 AT_LEAST = {
     **dict.fromkeys(("max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "lora_r"), 1),
@@ -108,6 +183,14 @@ def recipe_schema() -> dict[str, Any]:
     for config in (ScriptArguments, SFTConfig, ModelConfig):
         for name, spec in object_schema(config)["properties"].items():
             properties[name] = {"x-config": config.__name__, **spec}
+    names = {name: {"type": ["string"], "description": text} for name, text in ENVIRONMENT.items()}
+    properties["env"] = {
+        "x-config": "Recipe",
+        "type": ["object", "null"],
+        "description": "Environment variables to set where they are not set, before anything that reads them.",
+        "properties": names,
+        "additionalProperties": False,
+    }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Recipe",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from open_r1.errors import UserError
-from open_r1.recipe import load_recipe
+from open_r1.recipe import load_recipe, set_environment
 from open_r1.sft import build_configs
 
 logger = logging.getLogger("open_r1")
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 def prepare_recipe(argv: list[str], export: Path | None) -> None:
     """Prepare the recipe of a command line like `sft.py`'s."""
     recipe = load_recipe([*argv, "--use_cpu"])
+    set_environment(recipe)
     if export is not None and export.exists():
         raise UserError(f"--export {export}: exists already; name a new directory")
     if export is not None and any(parent.is_file() for parent in export.parents):

@@ -17,7 +17,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
 from open_r1.errors import UserError
-from open_r1.recipe import Recipe, load_recipe
+from open_r1.recipe import Recipe, load_recipe, set_environment
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     on_terminal = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     try:
         recipe = load_recipe([*rest, "--use_cpu"])
+        set_environment(recipe)
         for note in recipe.notes:
             logger.warning(note)
         views, ledgers = look(recipe, max(1, options.samples))

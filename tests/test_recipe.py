@@ -1,14 +1,16 @@
 """Recipes and command lines: what is read, what is refused, and that none of it needs torch."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+import yaml
 from conftest import ROOT
 
 from open_r1.errors import UserError
 from open_r1.old_names import RENAMED
-from open_r1.recipe import SCHEMA, load_recipe
+from open_r1.recipe import SCHEMA, load_recipe, set_environment, written_out
 
 ENOUGH = "model_name_or_path: m\ndataset_name: d\n"
 
@@ -50,8 +52,16 @@ def test_values_are_typed_and_say_where_they_come_from(recipe):
         (["--max_steps", "-1"], "max_steps", -1),
         (["--learning_rate=3e-4"], "learning_rate", 3e-4),
         (["--eos_token", "<|im_end|>"], "eos_token", "<|im_end|>"),
-        (["--lr_scheduler_kwargs", "{min_lr_rate: 0.1}"], "lr_scheduler_kwargs", {"min_lr_rate": 0.1}),
-        (["--lora_target_modules", "q_proj", "v_proj"], "lora_target_modules", ["q_proj", "v_proj"]),
+        (
+            ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", "{min_lr_rate: 0.1}"],
+            "lr_scheduler_kwargs",
+            {"min_lr_rate": 0.1},
+        ),
+        (
+            ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"],
+            "lora_target_modules",
+            ["q_proj", "v_proj"],
+        ),
         (["--max_length", "none"], "max_length", None),
         (["--group_by_length", "true"], "train_sampling_strategy", "group_by_length"),
         (["--warmup_ratio", "0.1"], "warmup_steps", 0.1),
@@ -154,7 +164,7 @@ WRONG = {
     "run_name: &x [*x]": "refers to itself",
     "do_train: false": "leaves nothing to do",
     "ignore_bias_buffers: true": "has no effect",
-    "hub_token: hf_abc": "r.yaml:3: a token does not belong in a recipe",
+    "hub_token: hf_abc": "r.yaml:3: hub_token holds a token or a password",
     "load_in_4bit: true": "a quantised model cannot be trained in full",
     "- a list": "not valid YAML",
     "key: [unclosed": "not valid YAML",
@@ -205,7 +215,8 @@ def test_a_recipe_without_its_flag_is_pointed_to_it():
 
 
 def test_abbreviations_are_refused(recipe):
-    assert "unrecognized arguments: --per_device_train 3" in refusal(recipe, "", "--per_device_train", "3")
+    said = refusal(recipe, "", "--per_device_train", "3")
+    assert said == "command line: --per_device_train is not a setting; did you mean per_device_train_batch_size?"
 
 
 def test_help_and_mistakes_come_without_torch(tmp_path):
@@ -239,3 +250,50 @@ def test_schema_holds_what_trl_holds():
         names = {field.name for field in dataclasses.fields(config)} - LEFT_OUT
         assert len(names) > 5
         assert names <= set(SCHEMA["properties"])
+
+
+def test_the_environment_of_a_recipe_is_set_where_nothing_is_said(recipe, monkeypatch):
+    monkeypatch.delenv("NCCL_DEBUG", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    got = recipe("env: {NCCL_DEBUG: INFO, OMP_NUM_THREADS: 8}\n")
+    set_environment(got)
+    assert (os.environ["NCCL_DEBUG"], os.environ["OMP_NUM_THREADS"]) == ("INFO", "3")
+    assert [note.rpartition("r.yaml")[2] for note in got.notes] == [
+        ":3: env.OMP_NUM_THREADS: the environment says 3, which holds"
+    ]
+    monkeypatch.delenv("NCCL_DEBUG")
+
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}\n{% endfor %}  # not a comment: x\n"
+
+
+def test_a_recipe_written_out_is_the_same_recipe(recipe, tmp_path, capsys):
+    text = yaml.safe_dump(
+        {
+            "chat_template": TEMPLATE,
+            "system_prompt": "é: 'four'\n",
+            "learning_rate": 1e-05,
+            "eval_strategy": "no",
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+            "report_to": ["wandb"],
+            "max_length": None,
+            "run_name": "true",
+            "torch_dtype": "bfloat16",
+        }
+    )
+    one = recipe(text, "--seed", "7", "--lora_target_modules", "q", "v", "--use_peft")
+    (tmp_path / "again.yaml").write_text(written_out(one), encoding="utf-8")
+    again = load_recipe(["--config", str(tmp_path / "again.yaml")])
+    assert again.values == one.values
+    assert again.notes == []
+    lines = written_out(one).splitlines()
+    assert "seed: 7  # command line" in lines
+    (rate,) = (line for line in lines if line.startswith("learning_rate: "))
+    where = text.splitlines().index(next(line for line in text.splitlines() if "learning_rate" in line))
+    assert rate.startswith("learning_rate: 1.0e-05  # ") and rate.endswith(f"r.yaml:{where + 3}")
+    assert "# max_grad_norm: 1.0" in lines
+    with pytest.raises(SystemExit) as stop:
+        recipe("seed: 3\n", "--show_recipe")
+    assert stop.value.code == 0
+    assert "seed: 3  # " in capsys.readouterr().out

@@ -28,6 +28,7 @@ def test_a_recipe_is_strict_and_tidy(path):
     for key, value in recipe.values.items():
         assert value != SCHEMA["properties"][key].get("default"), f"{key} is the default; leave it out"
     lines = path.read_text().splitlines()
+    assert (path.parent / lines[0].partition("$schema=")[2]).resolve() == ROOT / "src/open_r1/schema.json"
     found = [line for line in lines if line in SECTIONS]
     assert found == [section for section in SECTIONS if section in found]
     assert len(found) >= 4

@@ -198,6 +198,17 @@ class TestResume:
         assert "this run finished at step 2" in caplog.text
         assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
+    def test_the_recipe_it_writes_is_the_same_run(self, tiny_model, chat_file, tmp_path, caplog):
+        caplog.set_level("INFO", "open_r1")
+        argv = self.argv(tiny_model, chat_file, tmp_path / "run", max_steps=3, packing=True)
+        assert main(argv) == 0
+        written = str(tmp_path / "run" / "recipe.yaml")
+        assert main(["--config", written]) == 0
+        assert "this run finished at step 3" in caplog.text
+        assert main(["--config", written, "--output_dir", str(tmp_path / "again")]) == 0
+        assert losses(tmp_path / "again") == losses(tmp_path / "run")
+        assert same_weights(tmp_path / "again", tmp_path / "run")
+
     def test_a_finished_run_is_not_passed_off_as_one_with_other_settings(
         self, tiny_model, chat_file, tmp_path, capsys
     ):
@@ -306,7 +317,7 @@ def test_a_dry_run_checks_everything_but_the_weights(tiny_model, chat_file, tmp_
 
 ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 REFUSED = {
-    "unknown key": ({"learning_rte": "1"}, "unrecognized arguments: --learning_rte 1"),
+    "unknown key": ({"learning_rte": "1"}, "--learning_rte is not a setting; did you mean learning_rate?"),
     "unknown dtype": ({"dtype": "bf16x"}, "dtype is one of auto, bfloat16, float16, float32; found 'bf16x'"),
     "unknown attention": ({"attn_implementation": "flash"}, "attn_implementation is one of eager, sdpa"),
     "attention that is not installed": (
@@ -343,8 +354,15 @@ REFUSED = {
     "packed evaluation alone": ({"eval_packing": "true"}, "eval_packing without packing"),
     "nowhere to write": ({"output_dir": "FILE"}, "is no directory that can be written to"),
     "a broken adapter": ({"model_name_or_path": "ADAPTER", "use_peft": "true"}, "names no base model"),
-    "packing without a length": ({"packing": "true", "max_length": "none"}, "packing needs a max_length"),
-    "contradiction of the trainer": ({"load_best_model_at_end": "true"}, "this recipe cannot be run"),
+    "packing without a length": ({"packing": "true", "max_length": "none"}, "packing needs max_length"),
+    "best without evaluation": (
+        {"load_best_model_at_end": "true"},
+        "make save_strategy (steps) and eval_strategy (no)",
+    ),
+    "contradiction of the trainer": (
+        {"eval_strategy": "steps", "eval_steps": "0", "logging_steps": "0"},
+        "cannot be run",
+    ),
 }
 
 

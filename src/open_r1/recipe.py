@@ -5,9 +5,8 @@ second: this module imports neither torch nor TRL. All mistakes of a recipe are 
 """
 
 import argparse
-import json
-import math
-import re
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,8 +15,7 @@ import yaml
 
 from open_r1.errors import UserError
 from open_r1.old_names import CLI, COLUMN_KEYS, GONE, RENAMED, modernise
-
-SCHEMA: dict[str, Any] = json.loads((Path(__file__).parent / "schema.json").read_text())
+from open_r1.schema import SCHEMA, Place, choices, fit, kind, looks_secret, meant, show
 
 
 @dataclass
@@ -34,17 +32,48 @@ class Recipe:
 
 
 def load_recipe(argv: list[str]) -> Recipe:
-    """Read `--config FILE` and the overrides after it. Raises `UserError`; prints help and exits on `--help`."""
-    config, given = parse_command_line(argv)
-    values, origin = read_yaml(config) if config else ({}, {})
+    """Read `--config FILE` and the overrides after it. Raises `UserError`; prints help and exits on `--help`.
+
+    `--show_recipe` prints the settings that this comes to, each with where it is from, and exits.
+    """
     problems: list[str] = []
+    config, given = parse_command_line(argv, problems)
+    wanted = given.pop("show_recipe", False)
+    values, origin = read_yaml(config, problems) if config else ({}, {})
     recipe = Recipe()
     for source, places in ((values, origin), (given, dict.fromkeys(given, CLI))):
         add_layer(recipe, source, places, problems)
     problems += contradictions(recipe)
     if problems:
         raise UserError("\n".join(problems))
+    if wanted:
+        print(written_out(recipe), end="")
+        raise SystemExit(0)
     return recipe
+
+
+def set_environment(recipe: Recipe) -> None:
+    """Set what `env` says, before anything that reads it is imported. What the environment says already stays."""
+    for name, value in (recipe.values.get("env") or {}).items():
+        if os.environ.setdefault(name, value) != value:
+            recipe.notes.append(
+                f"{recipe.origin['env']}: env.{name}: the environment says {os.environ[name]}, which holds"
+            )
+
+
+def written_out(recipe: Recipe) -> str:
+    """The settings of a recipe as YAML, each with where it is from; what it leaves to defaults stands in comments.
+
+    Read again, it is the same recipe.
+    """
+    lines = []
+    for key, value in recipe.values.items():
+        text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=10**6).rstrip("\n")
+        origin = f"# {recipe.origin.get(key, 'default')}"
+        lines.append(f"{origin}\n{text}" if "\n" in text else f"{text}  {origin}")
+    left = {key: spec.get("default") for key, spec in SCHEMA["properties"].items() if key not in recipe.values}
+    lines += ["", "# Defaults", *(f"# {key}: {show(value)}" for key, value in left.items() if value is not None)]
+    return "\n".join(lines) + "\n"
 
 
 def add_layer(recipe: Recipe, values: dict[str, Any], places: dict[str, str], problems: list[str]) -> None:
@@ -54,14 +83,18 @@ def add_layer(recipe: Recipe, values: dict[str, Any], places: dict[str, str], pr
         where = places.get(key, here)
         spec = SCHEMA["properties"].get(key)
         if spec is None:
-            problems.append(f"{where}: {key} is not a setting (found {value!r}); --help lists them all")
+            hint = meant(key, [*SCHEMA["properties"], *RENAMED]) or "; --help lists them all"
+            problems.append(f"{where}: {key} is not a setting (found {show(value, key)}){hint}")
             continue
-        recipe.values[key] = fit(value, spec, key, where, places, problems)
+        recipe.values[key] = fit(value, spec, Place(key, where, places), problems)
         recipe.origin[key] = where
 
 
-def parse_command_line(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
-    """Split argv into the recipe's path and the overrides, values still text. Abbreviations are refused."""
+def parse_command_line(argv: list[str], problems: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """Split argv into the recipe's path and the overrides, values still text. Abbreviations are refused.
+
+    What is no setting is added to `problems`; raises `UserError` for what cannot be split.
+    """
     parser = Parser(
         prog="sft.py",
         usage="sft.py --config RECIPE.yaml [--key value ...]",
@@ -70,6 +103,9 @@ def parse_command_line(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="RECIPE.yaml", help="the recipe")
+    parser.add_argument(
+        "--show_recipe", action="store_true", help="print all settings and where each is from, and exit"
+    )
     groups = {
         name: parser.add_argument_group(name)
         for name in dict.fromkeys(s["x-config"] for s in SCHEMA["properties"].values())
@@ -84,7 +120,19 @@ def parse_command_line(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
         groups[spec["x-config"]].add_argument(f"--{key}", metavar=kind(spec), help=help_text, **many, **flag)
     for key in {**RENAMED, **COLUMN_KEYS, **GONE}:
         parser.add_argument(f"--{key}", help=argparse.SUPPRESS, nargs="?", const="true")
-    given = vars(parser.parse_args(argv))
+    known, unknown = parser.parse_known_args(argv)
+    before = ""
+    for word in unknown:
+        key = word.partition("=")[0]
+        if word.startswith("--"):
+            hint = meant(key.removeprefix("--"), SCHEMA["properties"]) or "; --help lists them all"
+            problems.append(f"{CLI}: {key} is not a setting{hint}")
+        elif word.endswith((".yaml", ".yml")):
+            problems.append(f"{CLI}: a recipe is given with --config; found {word}")
+        elif not before.startswith("--"):
+            problems.append(f"{CLI}: {show(word)} belongs to no setting")
+        before = word
+    given = vars(known)
     return given.pop("config", None), given
 
 
@@ -92,12 +140,14 @@ class Parser(argparse.ArgumentParser):
     """argparse whose mistakes are `UserError`s."""
 
     def error(self, message: str) -> NoReturn:
-        hint = "a recipe is given with --config" if ".yaml" in message else "--help lists all settings"
-        raise UserError(f"{CLI}: {message}; {hint}")
+        raise UserError(f"{CLI}: {message}; --help lists all settings")
 
 
-def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """A YAML file as plain values, and `file:line` of each key path (`dataset_mixture.datasets.0.id`)."""
+def read_yaml(path: str, problems: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A YAML file as plain values, and `file:line` of each key path (`dataset_mixture.datasets.0.id`).
+
+    Keys said twice are added to `problems`; raises `UserError` for a file that is no recipe.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
         loader = yaml.SafeLoader(text)
@@ -112,13 +162,10 @@ def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}: a recipe is a YAML mapping of settings (key: value); this file holds none")
     places = {"": path}
-    problems: list[str] = []
     try:
         values = plain_value(loader, root, "", path, places, problems)
     except RecursionError:
         raise UserError(f"{path}: an alias (*name) refers to itself; write the value out") from None
-    if problems:
-        raise UserError("\n".join(problems))
     return values, places
 
 
@@ -157,82 +204,14 @@ def plain_value(
     return values
 
 
-def fit(value: Any, spec: dict[str, Any], key: str, where: str, places: dict[str, str], problems: list[str]) -> Any:
-    """`value` as the type that `spec` asks for; reports a wrong type, choice or range in `problems`."""
-    types = spec["type"]
-    if isinstance(types, str):
-        types = [types]
-    if isinstance(value, str) and ("string" not in types or ("object" in types and value.startswith("{"))):
-        value = parse_text(value, types)
-    elif where == CLI and "null" in types and value in ("none", "null") and "enum" not in spec:
-        value = None  # a command line has no other way to unset a text
-    elif value is False and "no" in spec.get("enum", []) and False not in spec["enum"]:
-        value = "no"  # unquoted `eval_strategy: no` is a YAML boolean
-    elif "number" in types and "integer" not in types and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) < 2**53 else value
-    elif types == ["string"] or types == ["string", "null"]:
-        value = str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-    if "array" in types and not isinstance(value, list) and value is not None:
-        value = [value]
-    if isinstance(value, list) and "array" in types:
-        items = spec.get("items", {"type": ["string"]})
-        return [
-            fit(item, items, f"{key}.{i}", places.get(f"{key}.{i}", where), places, problems)
-            for i, item in enumerate(value)
-        ]
-    if isinstance(value, dict) and "object" in types:
-        return fit_object(value, spec, key, where, places, problems) if "properties" in spec else value
-    if json_type(value) not in types and not ("number" in types and json_type(value) == "integer"):
-        problems.append(f"{where}: {key} is {kind(spec)}; found {value!r}")
-    elif value is not None and "enum" in spec and value not in spec["enum"]:
-        problems.append(f"{where}: {key} is one of {choices(spec)}; found {value!r}")
-    elif isinstance(value, str) and "pattern" in spec and not re.fullmatch(spec["pattern"], value):
-        problems.append(f"{where}: {key} is one of {', '.join(spec['examples'])}; found {value!r}")
-    elif isinstance(value, float) and not math.isfinite(value):
-        problems.append(f"{where}: {key} must be a finite number; found {value!r}")
-    elif isinstance(value, (int, float)) and not isinstance(value, bool) and value < spec.get("minimum", value):
-        problems.append(f"{where}: {key} must be at least {spec['minimum']}; found {value!r}")
-    elif isinstance(value, (int, float)) and value <= spec.get("exclusiveMinimum", float("-inf")):
-        problems.append(f"{where}: {key} must be above {spec['exclusiveMinimum']}; found {value!r}")
-    return value
-
-
-def fit_object(
-    value: dict[str, Any], spec: dict[str, Any], key: str, where: str, places: dict[str, str], problems: list[str]
-) -> dict[str, Any]:
-    """Check a nested mapping: closed, and with everything that is required."""
-    fitted: dict[str, Any] = {}
-    for name, item in value.items():
-        at = places.get(f"{key}.{name}", where)
-        if name not in spec["properties"]:
-            problems.append(f"{at}: {key}.{name} is not a setting; known here: {', '.join(spec['properties'])}")
-        else:
-            fitted[name] = fit(item, spec["properties"][name], f"{key}.{name}", at, places, problems)
-    for name in spec["required"]:
-        if name not in value:
-            problems.append(f"{where}: {key} lacks {name} ({spec['properties'][name]['description']})")
-    return fitted
-
-
-def parse_text(text: str, types: list[str]) -> Any:
-    """Text (from the command line, or a number that YAML 1.1 reads as text, like 1e-5) as one of `types`."""
-    readings = {"integer": int, "number": float}
-    for name, read in readings.items():
-        if name in types:
-            try:
-                return read(text)
-            except ValueError:
-                pass
-    if "boolean" in types and text.lower() in ("true", "yes", "1", "false", "no", "0"):
-        return text.lower() in ("true", "yes", "1")
-    if "null" in types and text.lower() in ("none", "null"):
-        return None
-    if "object" in types:
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError:
-            return text
-    return text
+def texts_in(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Every text in a value, with its key path."""
+    if isinstance(value, str):
+        yield key, value
+    for name, item in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    ):
+        yield from texts_in(f"{key}.{name}", item)
 
 
 def contradictions(recipe: Recipe) -> list[str]:
@@ -257,10 +236,13 @@ def contradictions(recipe: Recipe) -> list[str]:
         found.append(
             f"{origin['benchmarks']}: benchmarks are not available yet; remove the key and evaluate the saved model"
         )
-    if values.get("hub_token"):
-        found.append(
-            f"{origin['hub_token']}: a token does not belong in a recipe; run `hf auth login` or set HF_TOKEN"
-        )
+    for key, value in values.items():
+        found += [
+            f"{origin[key]}: {name} holds a token or a password, which would be saved with the run; take it out, and "
+            "run `hf auth login` or set it in the environment (HF_TOKEN, WANDB_API_KEY)"
+            for name, text in texts_in(key, value)
+            if looks_secret(name, text)
+        ]
     if values.get("dataset_streaming"):
         found.append(
             f"{origin['dataset_streaming']}: dataset_streaming cannot be resumed exactly and is not supported; "
@@ -281,21 +263,36 @@ def contradictions(recipe: Recipe) -> list[str]:
         found.append(
             "a quantised model cannot be trained in full: set use_peft: true, or drop load_in_4bit/load_in_8bit"
         )
+    adapter = next((key for key in values if key.startswith("lora_") or key == "use_rslora"), None)
+    if adapter and "use_peft" not in values:
+        found.append(f"{origin[adapter]}: {adapter} says nothing without an adapter: set use_peft: true, or remove it")
+    if values.get("load_in_4bit") and values.get("load_in_8bit"):
+        found.append(f"{origin['load_in_8bit']}: load_in_4bit and load_in_8bit exclude each other; keep one")
+    schedule = values.get("lr_scheduler_type", "linear")
+    allowed = SCHEMA["properties"]["lr_scheduler_kwargs"]["x-keys"].get(schedule)
+    given = values.get("lr_scheduler_kwargs")
+    for name in given if isinstance(given, dict) and allowed is not None else ():
+        if name not in allowed:
+            takes = ", ".join(allowed) or "none"
+            where = origin["lr_scheduler_kwargs"]
+            found.append(f"{where}: lr_scheduler_kwargs.{name} is no setting of {schedule}; it takes {takes}")
+    if schedule == "warmup_stable_decay" and "num_decay_steps" not in (given or {}):
+        found.append(f"{origin['lr_scheduler_type']}: {schedule} needs lr_scheduler_kwargs: {{num_decay_steps: ...}}")
+    saves, evaluates = values.get("save_strategy", "steps"), values.get("eval_strategy", "no")
+    if values.get("load_best_model_at_end") and saves != "best" and saves != evaluates:
+        found.append(
+            f"{origin['load_best_model_at_end']}: load_best_model_at_end compares what was saved and evaluated: make "
+            f"save_strategy ({saves}) and eval_strategy ({evaluates}) the same"
+        )
+    steps, warm = values.get("max_steps", -1), values.get("warmup_steps", 0)
+    if all(isinstance(number, (int, float)) for number in (steps, warm)) and 0 < steps <= warm:
+        recipe.notes.append(f"{origin['warmup_steps']}: all of max_steps {steps} is warm-up (warmup_steps {warm})")
+    if values.get("packing") and values.get("max_length", 1) is None:
+        found.append(f"{origin['max_length']}: packing needs max_length, the number of tokens in a packed row")
+    if values.get("eval_packing") and not values.get("packing"):
+        found.append(f"{origin['eval_packing']}: eval_packing without packing; set both, or neither")
+    if values.get("assistant_only_loss") and values.get("supervision") == "full":
+        found.append(f"{origin['assistant_only_loss']}: assistant_only_loss and supervision: full; keep supervision")
+    if "push_to_hub_revision" in (values.get("callbacks") or []) and not values.get("hub_model_id"):
+        found.append(f"{origin['callbacks']}: push_to_hub_revision needs hub_model_id, the repository to push to")
     return found
-
-
-def json_type(value: Any) -> str:
-    """The JSON schema name of a value's type."""
-    names = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
-
-
-def kind(spec: dict[str, Any]) -> str:
-    """A type in words: `number or null`."""
-    types = [spec["type"]] if isinstance(spec["type"], str) else spec["type"]
-    return " or ".join(types)
-
-
-def choices(spec: dict[str, Any]) -> str:
-    """The allowed values in words, empty when any will do."""
-    return ", ".join(str(choice) for choice in spec.get("enum", []))

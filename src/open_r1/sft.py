@@ -19,7 +19,7 @@ if not __package__:  # run as a script: what stands beside it must not hide othe
 
 from open_r1.checkpoints import at_last_step, checkpoint_to_resume, finished, record
 from open_r1.errors import UserError
-from open_r1.recipe import Recipe, load_recipe
+from open_r1.recipe import Recipe, load_recipe, set_environment, written_out
 
 if TYPE_CHECKING:
     from open_r1.configs import ModelConfig, ScriptArguments, SFTConfig
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(recipe: Recipe) -> int:
     """Train what the recipe says; returns the exit code. Heavy imports come after all that can fail without them."""
+    set_environment(recipe)
     for note in recipe.notes:
         logger.warning(note)
     output_dir, settings = recipe.values.setdefault("output_dir", "data/sft"), recipe.values
@@ -78,6 +79,7 @@ def run(recipe: Recipe) -> int:
     if training_args.process_index == 0:
         ready_branch(training_args, resuming=checkpoint is not None)
         record(output_dir, "running", 0, settings)
+        Path(output_dir, "recipe.yaml").write_text(written_out(recipe), encoding="utf-8")
         ledger.write(output_dir, {name: part.ledger for name, part in prepared.parts.items()})
         write_rejected(output_dir, prepared)
     trained = at_last_step(checkpoint)
