@@ -79,7 +79,7 @@ def test_a_path_that_is_not_there(tmp_path):
 def test_finished_with_the_same_settings_only(tmp_path):
     out = str(tmp_path)
     assert finished(out, {"max_steps": 5}) is None
-    record(out, "complete", 5, {"max_steps": 5, "report_to": ["none"]})
+    record(out, "complete", 5, {"max_steps": 5, "report_to": ["none"]}, "x")
     assert finished(out, {"max_steps": 5}) is None  # its model is gone
     (tmp_path / "model.safetensors").write_bytes(b"x")
     assert finished(out, {"max_steps": 5, "report_to": ["none"]}) == 5
@@ -89,7 +89,7 @@ def test_finished_with_the_same_settings_only(tmp_path):
 
 
 def test_a_run_is_not_gone_on_with_under_other_settings(save, tmp_path):
-    record(str(tmp_path), "running", 0, {"learning_rate": 1.0})
+    record(str(tmp_path), "running", 0, {"learning_rate": 1.0}, "x")
     assert finished(str(tmp_path), {"learning_rate": 2.0}) is None  # nothing was saved yet: nothing to mix up
     save(5)
     with pytest.raises(UserError, match=r"a run with other settings \(learning_rate: 1.0 -> 2.0\)"):

@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict
 from open_r1.configs import ScriptArguments
 from open_r1.data import load_sources, places_of
 from open_r1.errors import UserError
-from open_r1.formats import row_function
+from open_r1.formats import prompt_id, row_function
 from open_r1.records import row_of
 from open_r1.tables import load_table
 
@@ -416,3 +416,19 @@ class TestEvaluationData:
         args = ScriptArguments(dataset_name=chat_file, eval_dataset_name=chat_file, test_split_size=0.1)
         with pytest.raises(UserError, match="given twice"):
             load_sources(args, evaluate=True)
+
+
+def talk(*turns, system=None):
+    before = [{"role": "system", "content": system}] if system else []
+    return {"messages": before + [{"role": role, "content": text} for role, text in turns]}
+
+
+def test_what_a_row_asks():
+    long = talk(("user", "How do I sort a list?"), ("assistant", "a"), ("user", "And backwards?"), ("assistant", "b"))
+    assert prompt_id(long) == prompt_id(talk(("user", "How do I  sort a list?"), ("assistant", "other")))
+    hello = [("user", "Hi"), ("assistant", "Hello!")]
+    assert prompt_id(talk(*hello, ("user", "one"))) != prompt_id(talk(*hello, ("user", "two")))
+    assert prompt_id(talk(("user", "Begin."), system="one")) != prompt_id(talk(("user", "Begin."), system="two"))
+    tokens = {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}
+    assert prompt_id(tokens) == prompt_id({"input_ids": [1, 2, 9], "labels": [-100, -100, 9]})
+    assert prompt_id(tokens) != prompt_id({"input_ids": [1, 3, 3, 4], "labels": [-100, -100, 3, 4]})

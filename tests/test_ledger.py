@@ -10,6 +10,7 @@ from datasets import load_from_disk
 from transformers import AutoTokenizer
 
 from open_r1 import ledger
+from open_r1.ledger import COUNTS, entry_of
 from open_r1.sft import main
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -169,3 +170,15 @@ def test_padding_and_packing_are_measured(prepared, conversations):
 def test_a_ledger_that_does_not_close_is_our_bug():
     with pytest.raises(RuntimeError, match="the ledger of a does not close: 5 rows before, 4 after"):
         ledger.require_closed({"source": "a", "rows_in": 5, "expanded": 0, "split": 0, "trained": 4, "dropped": {}})
+
+
+@pytest.mark.parametrize("fault", ["lost", "doubled", "expanded"])
+def test_a_table_that_lost_a_row_does_not_close(fault):
+    row = {"lost": [0, 2, 3], "doubled": [0, 1, 1, 2, 3], "expanded": [0, 1, 2, 3]}[fault]
+    counts = {name: np.ones(len(row), dtype=np.int32) for name in COUNTS}
+    counts |= {"row": np.array(row), "dropped": np.full(len(row), None), "digest": np.arange(len(row))}
+    counts |= {"split": np.zeros(len(row)), "expanded": np.zeros(len(row))}
+    if fault == "expanded":
+        counts["expanded"][2] = 1
+    with pytest.raises(RuntimeError, match="the ledger of s does not close: 1 rows are lost or doubled"):
+        entry_of("s", 4, np.ones(4, dtype=int), counts)

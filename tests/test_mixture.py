@@ -71,7 +71,7 @@ def pairs(order):
 
 
 def halves_of(args, sizes, prompt_of=lambda source, row: (source, row)):
-    order = draw(sizes, args, "abc")
+    order = draw(sizes, args, "abc"[: len(sizes)])
     prompts = np.array([hash(prompt_of(*pair)) for pair in pairs(order)])
     return split(order, prompts, args)
 
@@ -99,6 +99,20 @@ def test_many_answers_to_a_prompt_stay_on_one_side(files, size):
         mixture(files, (1.0, 1.0, 1.0), test_split_size=size, seed=1), [101, 37, 250], lambda _, row: row // 16
     )
     assert pairs(other["test"]) != test
+
+
+@pytest.mark.parametrize(("rows", "size", "held_out"), [(5, 0.1, 1), (9, 0.1, 1), (5, 0.7, 4), (5, 4, 4)])
+def test_a_share_is_rounded_up(rows, size, held_out):
+    halves = halves_of(mixture("a", (1.0,), test_split_size=size), [rows])
+    assert (len(halves["test"]), len(halves["train"])) == (held_out, rows - held_out)
+    doubled = halves_of(mixture("a", (1.0,), test_split_size=size), [rows], lambda source, row: row // 2)
+    assert 0 < len(doubled["test"]) < rows
+
+
+@pytest.mark.parametrize("size", [0.9, 0.95, 5, 9])
+def test_something_is_left_to_train_on(size):
+    with pytest.raises(UserError, match="leaves nothing on one side of the 5 rows"):
+        halves_of(mixture("a", (1.0,), test_split_size=size), [5])
 
 
 def test_one_prompt_alone_cannot_be_split(files):

@@ -74,13 +74,59 @@ def test_proportions_of_rows(argv):
     )
 
 
+def shares_of(part, count=2):
+    supervised = np.zeros(count)
+    for row in part.unpacked:
+        supervised[row["source"]] += sum(label != -100 for label in row["labels"][1:])
+    return supervised / supervised.sum()
+
+
+@pytest.mark.parametrize("stopping", ["first_exhausted", "all_exhausted"])
+class TestProportionsOfWhatIsLeft:
+    @pytest.fixture
+    def values(self, tiny_model, tmp_path, conversations):
+        twice = write_jsonl(tmp_path / "twice.jsonl", [row for row in conversations[:100] for _ in "12"])
+        once = write_jsonl(tmp_path / "once.jsonl", conversations[100:500])
+
+        def values(shares, stopping, **mixture):
+            sources = [{"id": name, "proportion": n} for name, n in zip((twice, once), shares, strict=True)]
+            return {
+                "model_name_or_path": tiny_model,
+                "dataset_mixture": {"datasets": sources, "stopping_strategy": stopping, **mixture},
+                "output_dir": tmp_path / "run",
+                "max_length": 512,
+                "do_eval": True,
+            }
+
+        return values
+
+    def test_duplicates_do_not_count(self, values, stopping, tmp_path, conversations):
+        other = write_jsonl(tmp_path / "eval.jsonl", conversations[100:150])
+        argv = settings(**values((0.5, 0.5), stopping), eval_dataset_name=other, dedup=True)
+        part = prepared(argv)[0].train
+        assert np.abs(shares_of(part) - 0.5).max() < 0.01
+        assert part.ledger["asked_in_eval"] == 0
+
+    @pytest.mark.parametrize("seed", [1, 2, 3])
+    def test_nor_does_what_is_held_out(self, values, stopping, seed):
+        part = prepared(settings(**values((0.7, 0.3), stopping, test_split_size=0.1, seed=seed)))[0].train
+        assert np.abs(shares_of(part) - (0.7, 0.3)).max() < 0.01
+
+    def test_one_that_cannot_be_reached_is_said(self, values, stopping, tmp_path, conversations, capsys):
+        few = write_jsonl(tmp_path / "few.jsonl", conversations[:1])
+        argv = values((0.5, 0.5), "first_exhausted")
+        argv["dataset_mixture"]["datasets"][0]["id"] = few
+        argv["dataset_mixture"]["datasets"][1]["max_samples"] = 2
+        assert main(settings(**{**argv, "do_eval": False}, dry_run=True)) == 0
+        assert "a proportion of 50.0% is asked and " in capsys.readouterr().err
+
+
 def test_the_mixture_trains(argv, tmp_path):
     assert main(argv(packing=True, eval_strategy="steps", test_split_size=0.1)) == 0
     assert len(losses(tmp_path / "run")) == 2
     assert losses(tmp_path / "run", "eval_loss")
 
 
-ROW = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 BAD = [{"role": "user", "content": "\x1b[31m"}, {"role": "assistant", "content": ""}]
 
 
@@ -91,8 +137,8 @@ class TestBadRows:
         path = write_jsonl(tmp_path / "rows.jsonl", rows)
 
         def run(**values):
-            values = {"on_bad_row": "drop", "output_dir": tmp_path / "run", **values}
-            return main(settings(model_name_or_path=tiny_model, dataset_name=path, **values))
+            values = {"on_bad_row": "drop", "output_dir": tmp_path / "run", "dataset_name": path, **values}
+            return main(settings(model_name_or_path=tiny_model, **values))
 
         return run
 
@@ -114,6 +160,15 @@ class TestBadRows:
         assert run(max_bad_rows=limit, dry_run=True) == code
         message = "3 of 23 rows are bad, more than max_bad_rows"
         assert (message in capsys.readouterr().err) == bool(code)
+
+    def test_repeats_of_one_bad_row_are_one(self, run, capsys, tmp_path):
+        path = str(tmp_path / "rows.jsonl")
+        mixture = {"datasets": [{"id": path, "weight": 3.0}]}
+        assert run(dataset_name=None, dataset_mixture=mixture, max_bad_rows=3, dry_run=True) == 0
+        assert run(dataset_name=None, dataset_mixture=mixture, max_bad_rows=2, dry_run=True) == 2
+        assert "3 of 23 rows are bad, more than max_bad_rows 2" in capsys.readouterr().err
+        rows = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
+        assert [(row["row"], row["times"]) for row in rows] == [(0, 3), (21, 3), (22, 3)]
 
     def test_by_default_the_first_one_stops_it(self, run, capsys):
         assert run(on_bad_row="error") == 2
@@ -161,6 +216,51 @@ class TestRepeats:
         assert sum(entry.get("exact duplicate", 0) > 0 for entry in dropped) >= 1
         assert len(drawn) == sum(entry["trained"] for entry in part.ledger["sources"])
         assert {row["reason"] for row in part.rejected} == {"asked in the evaluation data", "exact duplicate"}
+
+    def test_only_what_is_evaluated_on_counts(self, values, tmp_path):
+        rows = [json.loads(line) for line in Path(values["eval_dataset_name"]).read_text().splitlines()]
+        rows = [{"messages": None}] * 3 + rows[:9] + [{"messages": [*rows[9]["messages"], {"role": "x"}]}]
+        write_jsonl(values["eval_dataset_name"], rows)
+        values["dataset_mixture"]["datasets"].append(
+            {"id": write_jsonl(tmp_path / "bad.jsonl", [{"messages": 1}] * 3)}
+        )
+        data, _ = prepared(settings(**values, on_bad_row="drop"))
+        assert data.train.ledger["asked_in_eval"] == 18
+
+    def test_duplicates_are_counted_across_sources(self, values):
+        data, _ = prepared(settings(**values))
+        assert [entry["duplicates"] for entry in data.train.ledger["sources"]] == [0, 0]
+        assert data.train.ledger["total"]["duplicates"] == 20
+
+
+def test_evaluation_is_on_the_test_split_where_there_is_one(tiny_model, tmp_path, conversations):
+    (tmp_path / "d").mkdir()
+    write_jsonl(tmp_path / "d" / "train.jsonl", conversations[:40])
+    write_jsonl(tmp_path / "d" / "test.jsonl", conversations[40:50])
+    argv = settings(
+        model_name_or_path=tiny_model,
+        dataset_name=tmp_path / "d",
+        eval_dataset_name=tmp_path / "d",
+        do_eval=True,
+        output_dir=tmp_path / "run",
+    )
+    data, _ = prepared(argv)
+    assert data.eval.sources == [f"{tmp_path / 'd'}:test"]
+    assert len(data.eval.unpacked) == 10
+
+
+def test_evaluation_data_may_have_columns_of_its_own(tiny_model, tmp_path, conversations):
+    values = {
+        "model_name_or_path": tiny_model,
+        "dataset_name": write_jsonl(tmp_path / "a.jsonl", conversations[:9]),
+        "eval_dataset_name": write_jsonl(tmp_path / "b.jsonl", [{"frage": "q", "antwort": "a"}]),
+        "do_eval": True,
+        "output_dir": tmp_path / "run",
+    }
+    with pytest.raises(UserError, match="b.jsonl:train: no known format in its columns frage, antwort"):
+        prepared(settings(**values))
+    data, _ = prepared(settings(**values, eval_dataset_mapping={"prompt": "frage", "response": "antwort"}))
+    assert len(data.eval.unpacked) == 1
 
 
 def test_answers_to_one_prompt_are_never_split(tiny_model, tmp_path, pairs):

@@ -198,6 +198,23 @@ class TestResume:
         assert "this run finished at step 2" in caplog.text
         assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
 
+    def test_it_does_not_go_on_with_other_rows(self, tiny_model, chat_file, tmp_path, stop_at, capsys):
+        path = tmp_path / "rows.jsonl"
+        shutil.copy(chat_file, path)
+        argv = self.argv(tiny_model, path, tmp_path / "run")
+        stop_at(5)
+        with pytest.raises(KeyboardInterrupt):
+            main(argv)
+        stop_at(None)
+        ledger = (tmp_path / "run" / "ledger.json").read_text()
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[::-1]))
+        assert main(argv) == 2
+        assert "checkpoint-4 was trained on other rows" in capsys.readouterr().err
+        assert (tmp_path / "run" / "ledger.json").read_text() == ledger
+        path.write_text("".join(lines))
+        assert main(argv) == 0
+
     def test_the_recipe_it_writes_is_the_same_run(self, tiny_model, chat_file, tmp_path, caplog):
         caplog.set_level("INFO", "open_r1")
         argv = self.argv(tiny_model, chat_file, tmp_path / "run", max_steps=3, packing=True)

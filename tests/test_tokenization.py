@@ -180,7 +180,7 @@ class TestPrepare:
 
     def test_no_row_left_is_an_error(self, tiny_model, tmp_path):
         path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": CHAT}])
-        with pytest.raises(UserError, match="can be trained on within max_length 5: 1 rows: nothing supervised"):
+        with pytest.raises(UserError, match="can be trained on: 1 rows: nothing supervised"):
             self.prepare(tiny_model, path, self.arguments(max_length=5))
 
     def test_packing_keeps_every_token(self, tiny_model, chat_file):

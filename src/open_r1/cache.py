@@ -1,8 +1,8 @@
 """Prepared tables on disk, found by content: same key, same bytes; on a miss, which part of the key is new.
 
-A table is a directory named by the digest of its key: the key's parts in `key.json` and arrow files beside it, which
-are memory-mapped. It is written under another name and renamed when whole, so a process that is killed half-way leaves
-nothing that could be taken for a table.
+A table is a directory named by the digest of its key: the key's parts in `key.json`, and arrow files beside it, which
+are memory-mapped, with their sizes. It is written under another name and renamed when whole, so a process that is
+killed half-way leaves nothing that could be taken for a table.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from open_r1.errors import UserError
 
 logger = logging.getLogger(__name__)
 Key = dict[str, Any]
+SIZES = "sizes.json"  # of the arrow files, by name
 TORN, ALIVE = ".partial-", "alive"
 
 
@@ -70,10 +71,10 @@ def _digest_of(file: Any) -> Any:
 def prepared_table(key: Key, make: Callable[[str], Any]) -> Dataset:
     """The table of `key`, made by `make(path of an arrow file to write)` when it is not there yet.
 
-    `key["what"]` says in words what the table holds; other parts are compared when it is not found, unless it is
-    derived from the table `key["of"]` and nothing else. Raises `UserError` when it cannot be written.
+    `key["what"]` says in words what the table holds, and names nothing; other parts are compared when it is not found,
+    unless it is derived from the table `key["of"]` and nothing else. Raises `UserError` when it cannot be written.
     """
-    folder = root() / digest(key)
+    folder = folder_of(key)
     if (table := read(folder)) is None:
         if "of" not in key:
             explain_miss(key)
@@ -86,13 +87,21 @@ def prepared_table(key: Key, make: Callable[[str], Any]) -> Dataset:
     return table
 
 
+def folder_of(key: Key) -> Path:
+    """Where the table of a key is."""
+    return root() / digest({part: value for part, value in key.items() if part != "what"})
+
+
 def read(folder: Path) -> Dataset | None:
     """The table in a folder, memory-mapped; None when there is none, or none that can be read."""
     if not (folder / "key.json").exists():
         return None
     try:
         # The library may put results computed from a table beside it, as cache-*.arrow.
-        parts = [Dataset.from_file(str(path)) for path in sorted(folder.glob("data*.arrow"))]
+        sizes = json.loads((folder / SIZES).read_text())
+        if cut := [name for name, size in sizes.items() if (folder / name).stat().st_size != size]:
+            raise ValueError(f"{cut[0]} is not as it was written")
+        parts = [Dataset.from_file(str(folder / name)) for name in sorted(sizes)]
         table = concatenate_datasets(parts)
     except (ValueError, OSError, pa.ArrowException) as error:
         logger.warning("%s is damaged (%s) and prepared again", folder, error)
@@ -107,6 +116,8 @@ def write(folder: Path, key: Key, make: Callable[[str], Any]) -> None:
     try:
         with FileLock(partial / ALIVE):
             make(str(partial / "data.arrow"))
+            sizes = {path.name: path.stat().st_size for path in partial.glob("data*.arrow")}
+            (partial / SIZES).write_text(json.dumps(sizes))
             (partial / "key.json").write_text(json.dumps(key, indent=1, default=str))
             sync(partial)
             partial.rename(folder)

@@ -98,9 +98,22 @@ def publish(checkpoint: str, output_dir: str) -> None:
             shutil.copy2(path, output_dir)
 
 
-def record(output_dir: str, status: str, step: int, settings: dict[str, Any]) -> None:
-    """Write `run_state.json`: `running` or `complete`, at which step, and the settings the run was started with."""
-    state = {"status": status, "global_step": step, "settings": settings}
+def require_same_data(output_dir: str, checkpoint: str | None, data: str) -> None:
+    """Raise `UserError` when a run would go on with other rows than those that it began with."""
+    try:
+        before = json.loads((Path(output_dir) / RUN_STATE).read_text()).get("data", data)
+    except (OSError, ValueError):
+        return
+    if checkpoint is not None and before != data:
+        raise UserError(
+            f"{checkpoint} was trained on other rows: files, template, tokenizer or evaluation data have changed "
+            "since; bring them back, or choose another output_dir"
+        )
+
+
+def record(output_dir: str, status: str, step: int, settings: dict[str, Any], data: str) -> None:
+    """Write `run_state.json`: `running` or `complete`, at which step, with which settings and rows."""
+    state = {"status": status, "global_step": step, "data": data, "settings": settings}
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     partial = Path(output_dir) / f"{RUN_STATE}.partial"
     partial.write_text(json.dumps(state, indent=1, default=str) + "\n")

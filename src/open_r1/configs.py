@@ -194,6 +194,13 @@ class ScriptArguments(trl.ScriptArguments):
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "A second dataset to evaluate on, named as dataset_name is."}
     )
+    eval_dataset_mapping: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Which columns of eval_dataset_name are what; default: dataset_mapping.",
+            "nested": ColumnMapping,
+        },
+    )
     test_split_size: float | None = field(
         default=None,
         metadata={"help": "Hold out rows of dataset_name for evaluation: a share below 1, or a count.", "above": 0},
@@ -204,6 +211,8 @@ class ScriptArguments(trl.ScriptArguments):
             self.dataset_mixture = DatasetMixtureConfig(**self.dataset_mixture)
         if isinstance(self.dataset_mapping, dict):
             self.dataset_mapping = ColumnMapping(**self.dataset_mapping)
+        if isinstance(self.eval_dataset_mapping, dict):
+            self.eval_dataset_mapping = ColumnMapping(**self.eval_dataset_mapping)
         alone = {name: value for name, value in vars(self).items() if name in ALONE and value is not None}
         if bool(alone) == (self.dataset_mixture is not None):
             found = f"dataset_mixture and {', '.join(alone)}" if alone else "neither"

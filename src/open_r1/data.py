@@ -14,7 +14,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from open_r1.configs import DatasetConfig
-from open_r1.errors import UserError
+from open_r1.errors import NoSplit, UserError
 from open_r1.formats import Row, brief, from_table, prompt_id, row_function
 from open_r1.mixture import columns_of, draw, in_proportion, split
 from open_r1.records import columns_in, problem_of, read_record, row_of
@@ -61,10 +61,16 @@ def load_sources(
             "evaluation data is given twice: by test_split_size, and by eval_dataset_name or test_split; keep one"
         )
     if args.eval_dataset_name is not None:
-        named = DatasetConfig(id=args.eval_dataset_name, mapping=args.dataset_mapping, columns=args.dataset_columns)
-        return train, [load_either(named, ("train", args.dataset_test_split), text_field)]
+        named = DatasetConfig(id=args.eval_dataset_name, mapping=args.eval_dataset_mapping)
+        if named.mapping is None:
+            named = replace(named, mapping=args.dataset_mapping, columns=args.dataset_columns)
+        return train, [load_either(named, (args.dataset_test_split, "train"), text_field)]
     if splits or split_size is not None:
-        return train, [load_source(replace(each, max_samples=None), each.test_split, text_field) for each in splits]
+        # Slices of one source have one test split, which counts once.
+        distinct = {repr(one): one for one in (replace(s, split="", max_samples=None, weight=1.0) for s in splits)}
+        held_out = [load_source(each, each.test_split, text_field) for each in distinct.values()]
+        tell_apart(held_out)
+        return train, held_out
     if mixture is not None:
         raise UserError(
             "evaluation is asked for, but the mixture has no evaluation data: set dataset_mixture.test_split_size, "
@@ -108,7 +114,7 @@ def load_either(source: DatasetConfig, splits: tuple[str, str], text_field: str)
     """A source under the first of two splits that it has."""
     try:
         return load_source(source, splits[0], text_field)
-    except UserError:
+    except NoSplit:
         return load_source(source, splits[1], text_field)
 
 
@@ -140,6 +146,11 @@ def excerpt_of(source: Source, row: int, length: int = 400) -> str:
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
+def asks_nothing(source: Source, row: int) -> int:
+    """What stands for the prompt of a row that cannot be read: its own, which no other row asks."""
+    return prompt_id({"text": f"{source.name} {row}"})
+
+
 def prompts_of(sources: list[Source], order: Dataset) -> np.ndarray:
     """What each row of an order asks, as `prompt_id` tells it; a row that cannot be read asks something of its own."""
     of, rows = columns_of(order)
@@ -149,7 +160,7 @@ def prompts_of(sources: list[Source], order: Dataset) -> np.ndarray:
             try:
                 prompts[place] = prompt_id(source.to_row(source.rows[int(rows[place])]))
             except ValueError:
-                prompts[place] = rows[place]
+                prompts[place] = asks_nothing(source, int(rows[place]))
     return prompts
 
 
@@ -174,11 +185,11 @@ def get_dataset(args: "ScriptArguments") -> DatasetDict:
     train, _ = load_sources(args)
     names, mixture = [source.name for source in train], args.dataset_mixture
     order = draw([len(source.rows) for source in train], args, names)
+    orders = split(order, prompts_of(train, order), args)
     if mixture is not None and mixture.in_proportion:
         if mixture.proportion_unit != "rows":
             raise UserError("proportions of supervised tokens need tokens; use open_r1.preparation.prepare instead")
-        order = in_proportion(order, np.ones(len(order)), mixture, names)
-    orders = split(order, prompts_of(train, order), args)
+        orders["train"] = in_proportion(orders["train"], np.ones(len(orders["train"])), mixture, names)
     try:
         together = concatenate_datasets([as_columns(source) for source in train])
     except (ValueError, TypeError) as error:

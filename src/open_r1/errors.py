@@ -5,6 +5,10 @@ class UserError(ValueError):
     """Something in a recipe, a dataset or a model that its owner can mend; the message says where, what and how."""
 
 
+class NoSplit(UserError):
+    """A split that a source does not have."""
+
+
 class BadRow(UserError):
     """A row that cannot be trained on. `row` counts from 0 in its table; who knows the source adds its name."""
 

@@ -118,18 +118,27 @@ def from_prompt_completion(row: Row, prompt: str = "prompt", completion: str = "
 
 
 def prompt_id(row: Row) -> int:
-    """64 bits of what a row in TRL's format asks first, white space aside: equal for rows with the same question."""
+    """64 bits of what a row in TRL's format asks first, white space aside: equal for rows with the same question.
+
+    A greeting asks nothing: where the user has said fewer than four words, what is said next counts too, and the
+    system message where there is nothing more.
+    """
     prompt = row.get("messages", row.get("prompt"))
     if isinstance(prompt, list):
-        asked = []
-        for message in prompt:
-            if message["role"] == "assistant":
+        asked = ""
+        for before, message in zip([{"role": ""}, *prompt], prompt, strict=False):
+            if message["role"] == "assistant" and before["role"] != "assistant" and len(asked.split()) >= 4:
                 break
             if message["role"] == "user":
-                asked.append(message.get("content") or "")
-        prompt = "\n".join(asked)
+                asked += "\n" + (message.get("content") or "")
+        if len(asked.split()) < 4:
+            asked += "\n".join(message.get("content") or "" for message in prompt if message["role"] == "system")
+        prompt = asked
+    elif prompt is None and "input_ids" in row:
+        learnt = next((place for place, label in enumerate(row["labels"]) if label != -100), 0)
+        prompt = json.dumps(row["input_ids"][:learnt] or row["input_ids"])
     elif prompt is None:
-        prompt = row["text"] if "text" in row else json.dumps(row["input_ids"])
+        prompt = row["text"]
     found = hashlib.blake2b(" ".join(prompt.split()).encode(), digest_size=8)
     return int.from_bytes(found.digest(), "little", signed=True)
 

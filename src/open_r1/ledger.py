@@ -37,8 +37,14 @@ TOKENS_SHOWN = {
     "achieved": "achieved_share",
     **{key: key for key in LENGTHS},
 }
-SUMMED = ("tokens", "supervised", "cut", "answers", "lost_end", "masked_turns", "control_tokens", "stop_added")
-SUMMED += ("split",)
+WITHOUT_PROPORTION = {"requested": "of rows", "achieved": "of supervised"}
+COUNTS = ("tokens", "supervised", "cut", "answers", "lost_end", "masked_turns", "control_tokens", "stop_added")
+COUNTS += ("expanded", "split")
+"""What is counted of each tokenised row: `tokens` kept; `supervised` of them, as far as they enter the loss; `cut`
+tokens beyond max_length; `answers` the supervised stretches and `lost_end` those of them whose end was cut off;
+`masked_turns` rewritten and not trained; `control_tokens` spelled out in contents and encoded as text; `stop_added`
+stop tokens that the template does not write; `expanded` is 1 for every row but the first that rewritten turns make of
+a conversation, `split` for every part of a text but the first."""
 
 
 def entry_of(name: str, source_rows: int, drawn: np.ndarray, columns: dict[str, np.ndarray]) -> Entry:
@@ -50,16 +56,19 @@ def entry_of(name: str, source_rows: int, drawn: np.ndarray, columns: dict[str, 
     times = drawn[columns["row"]]
     kept = np.equal(columns["dropped"], None)
     dropped: Counter = Counter()
-    for reason, count in zip(columns["dropped"][~kept & (times > 0)], times[~kept & (times > 0)], strict=True):
+    require_each_once(name, drawn, columns)
+    sums = {column: int((columns[column] * times).sum()) for column in COUNTS}
+    gone = np.flatnonzero(~kept & (times > 0))
+    bad = {row for row, why in zip(columns["row"][gone], columns["dropped"][gone], strict=True) if is_bad(why)}
+    for reason, count in zip(columns["dropped"][gone], times[gone], strict=True):
         dropped[brief_reason(reason)] += int(count)
-    extra = int(times.sum() - drawn.sum())
-    sums = {column: int((columns[column] * times).sum()) for column in SUMMED}
     lengths = np.repeat(columns["tokens"][kept], times[kept])
     return {
         "source": name,
         "rows_in_source": source_rows,
         "rows_in": int(drawn.sum()),
-        "expanded": extra - sums["split"],
+        "rows_used": int((drawn > 0).sum()),
+        "bad_rows": len(bad),
         "expanded_tokens": 0 if sums["split"] else growth(columns["row"], columns["tokens"], times),
         "trained": int(times[kept].sum()),
         "dropped": dict(dropped),
@@ -69,6 +78,20 @@ def entry_of(name: str, source_rows: int, drawn: np.ndarray, columns: dict[str, 
         "epochs": round(float(drawn.sum() / source_rows), 4),
         "lengths": lengths_of(lengths),
     }
+
+
+def require_each_once(name: str, drawn: np.ndarray, columns: dict[str, np.ndarray]) -> None:
+    """Every drawn row has one tokenised row of its own, beside those that it was expanded or split into."""
+    own = columns["row"][(columns["expanded"] == 0) & (columns["split"] == 0)]
+    if lost := np.flatnonzero((np.bincount(own, minlength=len(drawn)) != 1) & (drawn > 0)).tolist():
+        raise RuntimeError(
+            f"the ledger of {name} does not close: {len(lost)} rows are lost or doubled, first {lost[0]}"
+        )
+
+
+def is_bad(reason: str) -> bool:
+    """Whether a row was dropped for what is wrong with it."""
+    return reason.startswith(BAD_ROW)
 
 
 def brief_reason(reason: str) -> str:
@@ -124,6 +147,10 @@ def close(
     for entry in entries:
         require_closed(entry)
     total = total_of(entries)
+    if total["trained"] != len(lengths):
+        raise RuntimeError(
+            f"the ledger of {part} does not close: {total['trained']} rows counted, {len(lengths)} laid out"
+        )
     for entry in [*entries, total]:
         entry["supervised_share"] = round(entry["supervised"] / max(1, entry["tokens"]), 4)
         entry["requested_share"] = round(entry["rows_in"] / max(1, total["rows_in"]), 4)
@@ -134,7 +161,7 @@ def close(
     total["lengths"] = lengths_of(lengths)
     total["batch"] = batch
     total["padding_share"] = round(padding_share(lengths, batch), 4)
-    return {"part": part, "sources": entries, "total": total}
+    return {"part": part, "in_proportion": proportions is not None, "sources": entries, "total": total}
 
 
 def add_packing(closed: Entry, packs: Dataset, batch: int, pack_length: int, strategy: str) -> None:
@@ -170,20 +197,21 @@ def require_answers(ledger: Entry, limit: float | None) -> None:
 
 
 def require_good_rows(ledgers: list[Entry], limit: float | None) -> None:
-    """Raise `UserError` when more rows are bad than `limit`: a share below 1 of the rows in, or a count."""
+    """Raise `UserError` when more rows are bad than `limit`: a share below 1, or a count. Repeats count once."""
     entries = [entry for ledger in ledgers for entry in ledger["sources"]]
-    rows = sum(entry["rows_in"] for entry in entries)
+    rows = sum(entry["rows_used"] for entry in entries)
     bad = [
         (count, f"{entry['source']}: {count} rows: {reason}")
         for entry in entries
         for reason, count in entry["dropped"].items()
-        if reason.startswith(BAD_ROW)
+        if is_bad(reason)
     ]
-    found = sum(count for count, _ in bad)
+    found = sum(entry["bad_rows"] for entry in entries)
     if limit is not None and found > (limit * rows if limit < 1 else limit):
         listed = "\n  ".join(line for _, line in sorted(bad, reverse=True)[:10])
         raise UserError(
-            f"{found} of {rows} rows are bad, more than max_bad_rows {limit:g}; mend them, or raise it\n  {listed}"
+            f"{found} of {rows} rows are bad, more than max_bad_rows {limit:g}; mend them (rejected.jsonl in "
+            f"output_dir names each), or raise it\n  {listed}"
         )
 
 
@@ -191,7 +219,8 @@ def show(ledger: Entry) -> None:
     """Log the ledger: its rows, its tokens, padding and packing, and a warning for all that was cut or dropped."""
     entries = [*ledger["sources"], *([ledger["total"]] if len(ledger["sources"]) > 1 else [])]
     for what, columns in (("rows", ROWS_SHOWN), ("tokens", TOKENS_SHOWN)):
-        heads = [f"{ledger['part']}, {what}", *columns]
+        names = columns if ledger["in_proportion"] else [WITHOUT_PROPORTION.get(name, name) for name in columns]
+        heads = [f"{ledger['part']}, {what}", *names]
         lines = [[entry["source"], *(cell(entry, key) for key in columns.values())] for entry in entries]
         widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
         for first, *others in (heads, *lines):
@@ -208,6 +237,12 @@ def show(ledger: Entry) -> None:
             "train: %d rows ask what the evaluation data asks; dedup: true drops them", ledger["asked_in_eval"]
         )
     for entry in ledger["sources"]:
+        asked, achieved = entry["requested_share"], entry["achieved_share"]
+        if ledger["in_proportion"] and abs(asked - achieved) > 0.01:
+            logger.warning(
+                "%s %s: a proportion of %.1f%% is asked and %.1f%% reached: it has too few rows, or too large ones",
+                *(ledger["part"], entry["source"], 100 * asked, 100 * achieved),
+            )
         dropped = Counter(entry["dropped"]).most_common()
         for reason, count in dropped[:REASONS_SHOWN]:
             logger.warning("%s %s: %d rows dropped: %s", ledger["part"], entry["source"], count, reason)

@@ -93,13 +93,13 @@ def split(order: Dataset, prompts: np.ndarray, args: "ScriptArguments") -> Datas
     of, rows = columns_of(order)
     _, once = np.unique(of * (rows.max() + 1) + rows, return_index=True)
     asked, group = np.unique(prompts, return_inverse=True)
-    if not 0 < int(size if size >= 1 else len(once) * size) < len(once):
+    wanted = int(size) if size >= 1 else int(np.ceil(size * len(once)))
+    if not 0 < wanted < len(once):
         raise UserError(f"test_split_size {size} leaves nothing on one side of the {len(once)} rows; change it")
     if len(asked) == len(order):
         return order.train_test_split(test_size=int(size) if size >= 1 else size, seed=seed)
     if len(asked) == 1:
         raise UserError(f"test_split_size {size}: all {len(order)} rows ask the same, so none can be held out")
-    wanted = int(size) if size >= 1 else int(np.ceil(size * len(once)))
     groups = np.random.default_rng(seed).permutation(len(asked))
     reached = np.cumsum(np.bincount(group[once])[groups])[:-1]  # one is left to train on
     held_out = np.zeros(len(asked), dtype=bool)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import trl
 from datasets import Dataset, concatenate_datasets
 from trl import pack_dataset
 
-from open_r1.cache import prepared_table
+from open_r1.cache import file_digest, prepared_table
 
 if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
@@ -24,10 +25,11 @@ def packed(what: str, tables: list[Dataset], places: np.ndarray, unpacked: Datas
         "sources": [table._fingerprint for table in tables],
         "order": hashlib.sha256(places.tobytes()).hexdigest()[:32],
         "packing": [args.max_length, args.packing_strategy],
+        "code": [file_digest(__file__), trl.__version__],
     }
     tokens = unpacked.select_columns(["input_ids", "labels"])
     packs = prepared_table(key, lambda path: pack(tokens, args, path))
-    key = {"what": "source and row of each document", "of": packs._fingerprint}
+    key = {"part": "source and row of each document", "of": packs._fingerprint}
     return concatenate_datasets([packs, prepared_table(key, lambda path: pack_ids(unpacked, args, path))], axis=1)
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from open_r1 import ledger
 from open_r1.cache import root
-from open_r1.data import Source, excerpt_of, load_sources, places_of
+from open_r1.data import Source, asks_nothing, excerpt_of, load_sources, places_of
 from open_r1.errors import UserError
 from open_r1.mixture import columns_of, draw, in_proportion, numbered, split
 from open_r1.packing import packed
@@ -42,7 +42,7 @@ class Part:
     from 0 in that source's table). Packed, `source` and `row` are lists with a value for each document of the pack,
     and there are `seq_lengths`. `unpacked` are the same before packing. `ledger` says how they came about, `rejected`
     names the rows that were dropped: `part`, `source`, `row`, `place` and `reason`, with an `excerpt` of bad ones.
-    `tables` are what they were chosen from, one a source.
+    `tables` are what they were chosen from, one a source. `key` is equal for equal rows in equal order.
     """
 
     rows: Dataset
@@ -51,6 +51,7 @@ class Part:
     ledger: ledger.Entry
     rejected: list[dict[str, Any]]
     tables: list["Tokenized"]
+    key: str
 
 
 @dataclass
@@ -92,7 +93,7 @@ class Tokenized:
         """The same where the raw rows of `mask` are dropped for `reason`, unless they are already."""
         gone = mask[self.counts["row"]] & self.trained
         counts = dict(self.counts)
-        counts |= {name: np.where(gone, 0, counts[name]) for name in COUNTS if name != "split"}
+        counts |= {name: np.where(gone, 0, counts[name]) for name in COUNTS if name not in ("split", "expanded")}
         counts["dropped"] = np.where(gone, reason, counts["dropped"])
         return replace(self, counts=counts)
 
@@ -113,24 +114,28 @@ def prepare(
         names = [source.name for source in sources]
         order = draw([len(source.rows) for source in sources], script_args, names)
         tables = tokenized(sources, order, tokenizer, args, args.packing)
-        if mixture is not None and mixture.in_proportion:
-            order = in_proportion(order, amounts(tables, order, mixture.proportion_unit), mixture, names)
         halves = split(order, of_rows(tables, order, prompts), script_args)
         train, test = halves["train"], halves.get("test")
         others: list[Tokenized] = []
         packing = args.packing if args.eval_packing is None else args.eval_packing
-        if args.do_eval:
-            if held_out:
-                test = concatenate_datasets([numbered(n, len(source.rows)) for n, source in enumerate(held_out)])
-            others = tokenized(held_out or sources, test, tokenizer, args, packing)
-        asked = of_rows(others, test, prompts) if others else np.zeros(0, dtype=np.int64)
-        in_both = np.isin(of_rows(tables, train, prompts), asked)
+        if args.do_eval and held_out:
+            test = concatenate_datasets([numbered(n, len(source.rows)) for n, source in enumerate(held_out)])
+            others = tokenized(held_out, test, tokenizer, args, packing)
+        elif args.do_eval:
+            alike = Supervision.of(args, packing) == Supervision.of(args, args.packing)
+            others = tables if alike else tokenized(sources, test, tokenizer, args, packing)
+        asked = of_rows(others, test, prompts)[of_rows(others, test, is_trained)] if others else []
         if args.dedup:
-            tables = without_repeats(tables, train, in_both)
+            tables = without_repeats(tables, train, np.isin(of_rows(tables, train, prompts), asked))
+        if mixture is not None and mixture.in_proportion:
+            train = in_proportion(train, amounts(tables, train, mixture.proportion_unit), mixture, names)
+        in_both = np.isin(of_rows(tables, train, prompts), asked) & of_rows(tables, train, is_trained)
         prepared = Prepared(assemble("train", tables, train, args, args.packing, mixture))
         prepared.train.ledger["asked_in_eval"] = int(in_both.sum())
         if others:
-            prepared.eval = assemble("eval", others, test, args, packing, None if held_out else mixture)
+            prepared.eval = assemble("eval", others, test, args, packing)
+    if args.process_index == 0:
+        write_rejected(args.output_dir, prepared)
     for part in prepared.parts.values():
         ledger.show(part.ledger)
     ledger.require_good_rows([part.ledger for part in prepared.parts.values()], args.max_bad_rows)
@@ -146,7 +151,7 @@ def lock_path(script_args: "ScriptArguments") -> Path:
 def tokenized(
     sources: list[Source], order: Dataset, tokenizer: PreTrainedTokenizerBase, args: "SFTConfig", packing: bool
 ) -> list[Tokenized]:
-    """Every row that an order draws, tokenised, source by source: another split of the same rows finds it again."""
+    """Every row that an order draws, tokenised, source by source."""
     how = Supervision.of(args, packing)
     of, rows = columns_of(order)
     tables = []
@@ -170,7 +175,17 @@ def of_rows(tables: list[Tokenized], order: Dataset, read: Callable[[Tokenized],
 
 def prompts(table: Tokenized) -> np.ndarray:
     """What each raw row asks, as 64 bits."""
-    return table.counts["prompt"][np.searchsorted(table.counts["row"], np.arange(len(table.rows)))]
+    first = np.searchsorted(table.counts["row"], np.arange(len(table.rows)))
+    found, why = table.counts["prompt"][first], table.counts["dropped"][first]
+    for place in np.flatnonzero(~np.equal(why, None)):
+        if ledger.is_bad(why[place]):
+            found[place] = asks_nothing(table.source, int(table.rows[place]))
+    return found
+
+
+def is_trained(table: Tokenized) -> np.ndarray:
+    """Whether anything of each raw row is trained on."""
+    return table.sums(table.trained) > 0
 
 
 def contents(table: Tokenized) -> np.ndarray:
@@ -213,7 +228,7 @@ def assemble(
     order: Dataset,
     args: "SFTConfig",
     packing: bool,
-    mixture: "DatasetMixtureConfig | None",
+    mixture: "DatasetMixtureConfig | None" = None,
 ) -> Part:
     """Lay out tokenised rows as `order` draws them, without what was dropped, and pack."""
     of, rows = columns_of(order)
@@ -232,9 +247,9 @@ def assemble(
     places = ranges(first, last)
     places = places[np.concatenate([table.trained for table in tables])[places]]
     if len(places) == 0:
-        why = Counter(reason for entry in entries for reason in Counter(entry["dropped"]).elements())
+        why = sum((Counter(entry["dropped"]) for entry in entries), Counter())
         because = "; ".join(f"{count} rows: {reason}" for reason, count in why.most_common(3)) or "none is drawn"
-        raise UserError(f"no row of the {part} data can be trained on within max_length {args.max_length}: {because}")
+        raise UserError(f"no row of the {part} data can be trained on: {because}")
     if args.shuffle_dataset:
         places = np.random.default_rng(args.seed).permutation(places)
     together = [with_ids(table.tokens, n, table.rows[table.counts["row"]]) for n, table in enumerate(tables)]
@@ -246,9 +261,12 @@ def assemble(
     lengths = np.concatenate([table.counts["tokens"] for table in tables])[places]
     asked = [source.proportion for source in mixture.datasets] if mixture and mixture.in_proportion else None
     closed = ledger.close(part, entries, lengths, batch, asked, mixture.proportion_unit if asked else "")
+    digests = np.concatenate([table.counts["digest"] for table in tables])
+    closed["total"]["duplicates"] = len(np.unique(places)) - len(np.unique(digests[places]))
     if packing:
         ledger.add_packing(closed, made, batch, args.max_length, args.packing_strategy)
-    return Part(made, unpacked, names, closed, rejected, tables)
+    key = hashlib.sha256(digests[places].tobytes()).hexdigest()[:32]
+    return Part(made, unpacked, names, closed, rejected, tables, key)
 
 
 def rejections(part: str, table: Tokenized, drawn: np.ndarray) -> list[dict[str, Any]]:
@@ -256,11 +274,14 @@ def rejections(part: str, table: Tokenized, drawn: np.ndarray) -> list[dict[str,
     counts, source = table.counts, table.source
     dropped = np.flatnonzero(~table.trained & (drawn[counts["row"]] > 0))
     numbers = table.rows[counts["row"][dropped]].tolist()
-    found = []
-    for row, place, reason in zip(numbers, places_of(source, numbers), counts["dropped"][dropped], strict=True):
-        excerpt = {"excerpt": excerpt_of(source, row)} if reason.startswith(ledger.BAD_ROW) else {}
-        found.append({"part": part, "source": source.name, "row": row, "place": place, "reason": reason, **excerpt})
-    return found
+    found = {}
+    for piece, row, place in zip(dropped, numbers, places_of(source, numbers), strict=True):
+        reason = counts["dropped"][piece]
+        excerpt = {"excerpt": excerpt_of(source, row)} if ledger.is_bad(reason) else {}
+        times = {"times": int(drawn[counts["row"][piece]])}
+        about = {"part": part, "source": source.name, "row": row, "place": place, "reason": reason, **times, **excerpt}
+        found[row, reason] = about
+    return list(found.values())
 
 
 def write_rejected(output_dir: str, prepared: Prepared) -> None:
@@ -269,6 +290,7 @@ def write_rejected(output_dir: str, prepared: Prepared) -> None:
     path = Path(output_dir) / "rejected.jsonl"
     path.unlink(missing_ok=True)
     if lines:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(lines), encoding="utf-8")
         logger.warning("%d rows were dropped: %s says which and why", len(lines), path)
 

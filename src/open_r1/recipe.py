@@ -255,6 +255,19 @@ def contradictions(recipe: Recipe) -> list[str]:
         found.append(f"{origin['do_train']}: do_train: false leaves nothing to do here; remove it")
     if values.get("ignore_bias_buffers"):
         found.append(f"{origin['ignore_bias_buffers']}: ignore_bias_buffers has no effect on supervised fine-tuning")
+    inside = mixture.get("test_split_size") if isinstance(mixture, dict) else None
+    if (values.get("test_split_size") or inside) and not evaluated:
+        key = "dataset_mixture" if inside else "test_split_size"
+        recipe.notes.append(
+            f"{origin[key]}: test_split_size holds rows out that nothing evaluates on; set eval_strategy"
+        )
+    spread = values.get("packing") and values.get("packing_strategy", "bfd") != "bfd"
+    for key in ("on_long_row", "max_truncated_answers"):
+        if spread and values.get(key) is not None:
+            found.append(
+                f"{origin[key]}: {key} says nothing with packing_strategy {values['packing_strategy']}, which spreads "
+                "a long row over packs; use bfd, or leave it out"
+            )
     if mixture and values.get("test_split_size"):
         found.append(f"{origin['test_split_size']}: with a mixture, set test_split_size inside dataset_mixture")
     if values.get("fp16") and values.get("bf16"):

@@ -61,7 +61,7 @@ def records_of(files: list[str], kind: str) -> Dataset:
 
 def columns_in(records: Dataset) -> list[str]:
     """Every key of every record, in order of appearance; empty when no record is an object."""
-    key = {"what": "columns", "of": records._fingerprint}
+    key = {"part": "columns", "of": records._fingerprint}
     return prepared_table(key, partial(write_columns, records))["column"][:]
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a script: what stands beside it must not hide other packages' modules
     sys.path[0] = str(Path(__file__).parents[1])
 
-from open_r1.checkpoints import at_last_step, checkpoint_to_resume, finished, record
+from open_r1.checkpoints import at_last_step, checkpoint_to_resume, finished, record, require_same_data
 from open_r1.errors import UserError
 from open_r1.recipe import Recipe, load_recipe, set_environment, written_out
 
@@ -60,7 +60,7 @@ def run(recipe: Recipe) -> int:
     from open_r1.callbacks import get_callbacks, ready_branch
     from open_r1.chat import get_tokenizer
     from open_r1.model import adapter_config, check_model, get_model
-    from open_r1.preparation import prepare, write_rejected
+    from open_r1.preparation import prepare
     from open_r1.report import after_saving, end, restore, summarize, train
     from open_r1.trainer import tell_libraries, trainer_arguments
 
@@ -76,12 +76,12 @@ def run(recipe: Recipe) -> int:
     if training_args.dry_run:
         logger.info("checked: this recipe can be run; nothing was trained")
         return 0
+    require_same_data(output_dir, checkpoint, prepared.train.key)
     if training_args.process_index == 0:
         ready_branch(training_args, resuming=checkpoint is not None)
-        record(output_dir, "running", 0, settings)
+        record(output_dir, "running", 0, settings, prepared.train.key)
         Path(output_dir, "recipe.yaml").write_text(written_out(recipe), encoding="utf-8")
         ledger.write(output_dir, {name: part.ledger for name, part in prepared.parts.items()})
-        write_rejected(output_dir, prepared)
     trained = at_last_step(checkpoint)
     model = get_model(model_args, training_args, tokenizer, weights=checkpoint if trained else None)
     trainer = SFTTrainer(
@@ -100,7 +100,7 @@ def run(recipe: Recipe) -> int:
     failed = after_saving(trainer, script_args, evaluate=prepared.eval is not None)
     if trainer.is_world_process_zero():
         if not failed:
-            record(output_dir, "complete", trainer.state.global_step, settings)
+            record(output_dir, "complete", trainer.state.global_step, settings, prepared.train.key)
         summarize(trainer)
     end(trainer)
     return 1 if failed else 0

@@ -13,11 +13,12 @@ from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.packaged_modules.json.json import JsonConfig
 
 from open_r1.cache import digest, file_digest, root
-from open_r1.errors import UserError
+from open_r1.errors import NoSplit, UserError
 from open_r1.records import records_of
 
 LOADERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
 COMMIT = re.compile(r"hf://datasets/[^@]+@[0-9a-f]+")
+SETTINGS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # of a directory, on how its files are read
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip"}
 
 
@@ -70,7 +71,7 @@ def load_table(
     except UserError:
         raise
     except Exception as error:  # every loader raises its own kinds; all become one line that names the source
-        raise UserError(reason_of(error, title)) from error
+        raise refusal_of(error, title) from error
     finally:
         datasets.logging.set_verbosity(verbosity)
     if len(table.rows) == 0:
@@ -114,6 +115,7 @@ def from_folder(name: str, config: str | None, split: str, data_files: list[str]
     splits = {str(each): list(map(str, files)) for each, files in builder.config.data_files.items()}
     splits = {each: splits[each] for each in splits_in(split, list(splits), title)}
     contents = digests_of([file for files in splits.values() for file in files])
+    contents |= {file: found for file, found in inside.items() if os.path.basename(file) in SETTINGS}
     if kind := kind_of(builder):
         return from_text(kind, splits, split, contents)
     builder.download_and_prepare()
@@ -143,7 +145,7 @@ def splits_in(split: str, known: list[str], title: str) -> list[str]:
     """The splits that a slice or sum (`train[:10%]+test`) is of. Raises `UserError` for one that is not there."""
     named = list(dict.fromkeys(part.partition("[")[0].strip() for part in split.split("+")))
     if unknown := [name for name in named if name not in known]:
-        raise UserError(f"{title}: no split {unknown[0]}; it has {', '.join(known)}")
+        raise NoSplit(f"{title}: no split {unknown[0]}; it has {', '.join(known)}")
     return named
 
 
@@ -205,18 +207,18 @@ def is_saved(directory: Path) -> bool:
     return (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file()
 
 
-def reason_of(error: Exception, title: str) -> str:
-    """One line on why a source cannot be read."""
+def refusal_of(error: Exception, title: str) -> UserError:
+    """The error that says in one line why a source cannot be read."""
     text = " ".join(str(error).split())
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     if unknown := re.match(r'Unknown split "(.*)"\. Should be one of \[(.*)\]', text):
-        return f"{title}: no split {unknown[1]}; it has {unknown[2]}"
+        return NoSplit(f"{title}: no split {unknown[1]}; it has {unknown[2]}")
     if "corresponds to no data" in text or "BatchSize must be greater than 0" in str(cause):
-        return f"{title}: holds no rows"
+        return UserError(f"{title}: holds no rows")
     because = "" if str(cause) in str(error) else f" ({' '.join(str(cause).split())})"
-    return f"{title}: cannot be loaded: {text or type(error).__name__}{because}"
+    return UserError(f"{title}: cannot be loaded: {text or type(error).__name__}{because}")
 
 
 def local_files(name: str | None, data_files: list[str] | None = None) -> list[str]:

@@ -27,7 +27,7 @@ from open_r1.data import Source, places_of
 from open_r1.encoding import IGNORED, TAKEN_APART, Piece, Spelling, encode_pieces, ranges_of, spelling_of
 from open_r1.errors import BadRow, UserError
 from open_r1.formats import Row, prompt_id
-from open_r1.ledger import BAD_ROW
+from open_r1.ledger import BAD_ROW, COUNTS
 from open_r1.supervision import (
     CLOSE,
     OPEN,
@@ -43,8 +43,6 @@ from open_r1.supervision import (
 if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
 
-COUNTS = ("tokens", "supervised", "cut", "answers", "lost_end", "masked_turns", "control_tokens", "stop_added")
-COUNTS += ("split",)
 FEATURES = Features(
     {
         "input_ids": List(Value("int32")),  # empty in a row that was dropped
@@ -56,10 +54,6 @@ FEATURES = Features(
         "dropped": Value("string"),  # why there is nothing to train on, null otherwise
     }
 )
-"""What the counts count, per row: `tokens` kept; `supervised` of them, as far as they enter the loss; `cut` tokens
-beyond max_length; `answers` the supervised stretches and `lost_end` those of them whose end was cut off;
-`masked_turns` rewritten and not trained; `control_tokens` spelled out in contents and encoded as text; `stop_added`
-stop tokens that the template does not write; `split` is 1 for every part of a text but the first."""
 SCHEMA = FEATURES.arrow_schema
 ESCAPED_MARK = re.compile(r"\\ufdd[01]", re.IGNORECASE)  # a template that prints what `repr` makes of a value
 CODE = (records, formats, supervision, encoding, sys.modules[__name__])  # what tables depend on
@@ -184,7 +178,7 @@ def counts_of(table: Dataset) -> dict[str, np.ndarray]:
     would bring all of it into memory at every start.
     """
     names = [name for name in FEATURES if name not in ("input_ids", "labels")]
-    key = {"what": "counts", "of": table._fingerprint}
+    key = {"part": "counts", "of": table._fingerprint}
     counts = prepared_table(key, partial(write_columns, [part["filename"] for part in table.cache_files], names))
     return {name: counts.data.column(name).to_numpy() for name in names}
 
@@ -287,7 +281,8 @@ def row_pieces(
     renderings, counts = render_conversation(messages, given, turns, template_kwargs(row), template, how)
     if not renderings:
         return [Piece(index, counts, dropped="every turn is rewritten by the template")]
-    return [Piece(index, {} if number else counts, *rendering) for number, rendering in enumerate(renderings)]
+    whole = {**counts, "expanded": 0}  # the count of rewritten turns; here each row but the first is one
+    return [Piece(index, {"expanded": 1} if number else whole, *text) for number, text in enumerate(renderings)]
 
 
 def template_kwargs(row: Row) -> dict[str, Any]:
