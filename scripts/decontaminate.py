@@ -9,6 +9,7 @@ case, punctuation and spacing; a problem of fewer words only when it is all of a
 the names below, or a file, directory or hub dataset with the column (or path) of its problems; without a column they
 are what its rows ask. DIR gets a file for each source (JSON lines as they were, or parquet) and `removed.jsonl`: what
 went, why, and where it stood. Rows that cannot be read are kept and counted, as training treats them as it is told to.
+Of parquet the columns that the recipe names are kept, of every source the rows that it takes (`max_samples`).
 
 The idea and the default of eight words are those of Open-R1's decontamination, after
 https://arxiv.org/abs/2005.14165, appendix C.
@@ -19,6 +20,7 @@ import json
 import logging
 import re
 import sys
+import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -65,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.ngram < 1:
             raise UserError(f"--ngram {args.ngram}: a number of words, 1 or more")
+        if args.num_proc is not None and args.num_proc < 1:
+            raise UserError(f"--num_proc {args.num_proc}: a number of processes, 1 or more")
         if args.out.exists():
             raise UserError(f"--out {args.out}: exists already; name a new directory")
         decontaminate(recipe_argv, args.against, args.out, args.ngram, args.num_proc)
@@ -90,25 +94,40 @@ def decontaminate(argv: list[str], against: list[str], out: Path, size: int, num
     for number, name in enumerate(against):
         problems = problems_of(name)
         for problem in problems:
-            for gram in grams_of(problem, size) or [whole(problem)]:
+            for gram in grams_of(problem, size) or ([whole(problem)] if words_of(problem) else []):
                 grams[gram] = grams.get(gram, 0) | 1 << number
+        lengths = [len(words_of(problem)) for problem in problems]
         logger.info("%s: %d problems", name, len(problems))
-    out.mkdir(parents=True)
-    with (out / "removed.jsonl").open("w", encoding="utf-8") as removed:
-        for number, source in enumerate(sources):
-            look = partial(compare, to_row=source.to_row, grams=grams, size=size)
-            found = source.rows.map(
-                look,
-                batched=True,
-                remove_columns=source.rows.column_names,
-                num_proc=num_proc,
-                load_from_cache_file=False,
-                new_fingerprint=f"compared-{number}",
-                desc=f"Comparing {source.name}",
-            )
-            write_source(
-                source, found["sets"][:], found["shared"][:], against, out / file_name(source, number), removed
-            )
+        if short := sum(length < size for length in lengths):
+            few = "    %d have fewer than %d words (which spaces tell apart): found only as whole messages"
+            logger.warning(few, short, size)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.partial-") as scratch:
+        partly = Path(scratch) / out.name
+        partly.mkdir()
+        with (partly / "removed.jsonl").open("w", encoding="utf-8") as removed:
+            for number, source in enumerate(sources):
+                sets, shared = compared(source, grams, size, num_proc)
+                write_source(source, sets, shared, against, partly / file_name(source, number), removed)
+        partly.rename(out)
+    logger.info("written to %s", out)
+
+
+def compared(source: "Source", grams: Grams, size: int, num_proc: int | None) -> tuple[list[int], list[str]]:
+    """What `compare` finds for every row of a source. Raises `UserError` for texts that are not UTF-8."""
+    try:
+        found = source.rows.map(
+            partial(compare, to_row=source.to_row, grams=grams, size=size),
+            batched=True,
+            remove_columns=source.rows.column_names,
+            num_proc=num_proc,
+            load_from_cache_file=False,
+            new_fingerprint=f"compared-{source.rows._fingerprint}",
+            desc=f"Comparing {source.name}",
+        )
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source.name}: a text is not UTF-8: {error}; write the file anew") from None
+    return found["sets"][:], found["shared"][:]
 
 
 def problems_of(name: str) -> list[str]:
@@ -125,11 +144,12 @@ def problems_of(name: str) -> list[str]:
     mapping = {"text": column} if column else None
     source = load_either(DatasetConfig(id=identity, config=config, mapping=mapping), splits, "text")
     problems = []
-    for number, row in enumerate(source.rows):
+    for number in range(len(source.rows)):
         try:
-            problems += asked(source.to_row(row))
-        except ValueError as error:
+            problems += asked(source.to_row(source.rows[number]))
+        except ValueError as error:  # of which one that a text is not UTF-8 is a kind
             raise UserError(f"{places_of(source, [number])[0]}: {error}") from None
+    logger.info("%s: read from %s", name, source.name)
     return problems
 
 
@@ -150,8 +170,16 @@ def said(row: dict[str, Any]) -> list[str]:
         messages = part if isinstance(part, list) else [{"role": "user", "content": part}]
         for message in messages:
             if message["role"] != "system":
-                texts += [message[name] for name in ("content", *THOUGHTS) if message.get(name)]
+                texts += texts_in([message.get(name) for name in ("content", "tool_calls", *THOUGHTS)])
     return texts
+
+
+def texts_in(value: Any) -> list[str]:
+    """Every text inside lists and mappings."""
+    if isinstance(value, str):
+        return [value]
+    members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for member in members for text in texts_in(member)]
 
 
 def compare(
@@ -212,7 +240,7 @@ def write_source(
     if source.table.files:
         with path.open("wb") as file:
             for row in kept:
-                file.write(row["record"].replace(b"\r", b" ").replace(b"\n", b" ") + b"\n")
+                file.write(row["record"].replace(b"\n", b" ") + b"\n")  # white space, where a record has any
     else:
         kept.to_parquet(path)
     logger.info("%s: %d of %d rows kept, in %s", source.name, len(kept), len(source.rows), path)

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 
 import datasets
 import pytest
@@ -88,10 +89,38 @@ def test_an_unreadable_file_is_named(tmp_path, name, case):
         load_table(str(tmp_path / name), None, "train")
 
 
+def test_broken_lines_at_the_top_are_their_rows_faults(tmp_path):
+    lines = [b"oops", b'{"messages": [', b"[1]", *LINES.splitlines()]
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join(lines))
+    (source,), _ = load_sources(ScriptArguments(dataset_name=str(tmp_path / "x.jsonl")))
+    for number in range(3):
+        with pytest.raises(ValueError, match="not valid JSON|is an object"):
+            source.to_row(source.rows[number])
+    assert [source.to_row(source.rows[number]) for number in range(3, 10)] == ROWS
+
+
+def test_a_kind_of_file_is_no_dataset():
+    with pytest.raises(UserError, match="json is a kind of file: name files of it in data_files"):
+        load_table("json", None, "train")
+
+
+def test_files_that_are_in_no_split_are_named(tmp_path, caplog):
+    for name in ("train", "test", "extra"):
+        write_jsonl(tmp_path / f"{name}.jsonl", ROWS)
+    assert len(load_table(str(tmp_path), None, "train").rows) == 7
+    assert re.search(r"in no split, by their names, and not read: \S*extra.jsonl", caplog.text)
+
+
+def test_what_was_saved_with_a_format_is_read_without(tmp_path):
+    Dataset.from_list([{"input_ids": [1, 2]}]).with_format("torch").save_to_disk(tmp_path / "d")
+    (source,), _ = load_sources(ScriptArguments(dataset_name=str(tmp_path / "d")))
+    assert source.to_row(source.rows[0]) == {"input_ids": [1, 2], "labels": [1, 2]}
+
+
 BROKEN = {
     "cut off": (json.dumps(ROWS[4])[:-1].encode(), "not valid JSON: Expecting ',' delimiter at column"),
     "a list": (b"[1]", r"a row of JSON is an object; found \[1\]"),
-    "bytes": (b'{"messages": "\xff"}', "not UTF-8: byte 0xff at 14; convert the file"),
+    "bytes": (b'{"messages": "\xff"}', "not UTF-8: byte 0xff; convert the file"),
     "a key twice": (b'{"messages": [], "messages": []}', "the key 'messages' is there twice; remove one"),
 }
 

@@ -36,6 +36,16 @@ ROWS = {
     "eight words of it": (talk("Find the number of positive integers n less"), ["eval.jsonl:question"]),
     "a short problem as a whole": (talk("what is 2+2"), ["other.csv:q"]),
     "a short problem in a longer text": (talk("Tell me, what is 2 + 2?"), []),
+    "in what a tool is called with": (
+        {
+            "messages": [
+                {"role": "user", "content": "Solve it."},
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"problem": PROBLEM}}}]},
+            ]
+        },
+        ["eval.jsonl:question"],
+    ),
+    "no words": (talk("!!!", "\U0001f44d"), []),
     "both sets": (talk(PROBLEM, OTHER), ["eval.jsonl:question", "other.csv:q"]),
 }
 
@@ -44,7 +54,7 @@ ROWS = {
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "eval.jsonl", [{"question": PROBLEM, "answer": 1}])
-    (tmp_path / "other.csv").write_text(f"q,a\n{OTHER},1\n{SHORT},4\n")
+    (tmp_path / "other.csv").write_text(f"q,a\n{OTHER},1\n{SHORT},4\n?!,5\n")
     return tmp_path
 
 
@@ -73,7 +83,7 @@ def test_rows_that_share_words_go_and_all_others_stay_as_they_are(here, capsys, 
     }
     said = capsys.readouterr().err
     assert f"data.jsonl:train: {len(kept)} of {len(ROWS)} rows kept" in said
-    assert "eval.jsonl:question: 5 rows removed" in said
+    assert "eval.jsonl:question: 6 rows removed" in said
     assert "other.csv:q: 2 rows removed" in said
 
 
@@ -100,7 +110,7 @@ def test_every_source_of_a_recipe_in_its_own_kind(here):
     assert decontaminate.main([*AGAINST, "--config", "recipe.yaml"]) == 0
     (parquet,) = (here / "clean").glob("0-*.parquet")
     table = load_dataset("parquet", data_files=str(parquet), split="train", cache_dir=str(here / "cache"))
-    assert table["frage"][:] == [asked[number] for number in (0, 3, 4, 5, 8)]
+    assert table["frage"][:] == [asked[number] for number in (0, 3, 4, 5, 8, 9, 10)]
     (text,) = (here / "clean").glob("1-*.jsonl")
     assert lines(text) == [{"text": None}, {"text": "free"}]  # what cannot be read is not lost here
     (source,), _ = load_sources(ScriptArguments(dataset_name=str(text)))
@@ -121,6 +131,8 @@ REFUSED = {
     "no known format": (["--against", "eval.jsonl:question", "nums.csv"], "no known format in its columns x, y"),
     "tokens": (["--against", "eval.jsonl:question", "--dataset_name", "ids.jsonl"], "hold no text to compare"),
     "a directory that is there": (["--against", "eval.jsonl:question", "--out", "."], "exists already"),
+    "no process": (["--against", "eval.jsonl:question", "--num_proc", "0"], "a number of processes, 1 or more"),
+    "a set of two broken halves": (["--against", "halves:question"], "test.jsonl:1: not valid JSON"),
     "no words": (["--against", "eval.jsonl:question", "--ngram", "0"], "a number of words, 1 or more"),
     "no data": (["--against", "eval.jsonl:question", "--dataset_name", "none.jsonl"], "no such file"),
 }
@@ -131,8 +143,11 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(here, capsys, ar
     write_jsonl(here / "data.jsonl", [talk(PROBLEM)])
     write_jsonl(here / "ids.jsonl", [{"input_ids": [1, 2]}])
     (here / "nums.csv").write_text("x,y\n1,2\n")
+    (here / "halves").mkdir()
+    write_jsonl(here / "halves" / "train.jsonl", [{"question": PROBLEM}])
+    (here / "halves" / "test.jsonl").write_text("{")
     defaults = {"--out": "clean", "--dataset_name": "data.jsonl"}
     argv = [*argv, *(item for pair in defaults.items() if pair[0] not in argv for item in pair)]
     assert decontaminate.main(argv) == 2
     assert message in capsys.readouterr().err
-    assert not list(here.glob("clean/*.parquet")) and not list(here.glob("clean/0-*"))
+    assert "--out" in argv[:3] or not list(here.glob("clean*"))

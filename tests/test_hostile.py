@@ -65,11 +65,11 @@ def parquet(**columns):
     return lambda path: pq.write_table(pa.table(columns), path)
 
 
-def archive(*members):
+def archive(*members, names=None):
     def write(path):
         with zipfile.ZipFile(path, "w") as file:
-            for number, data in enumerate(members):
-                file.writestr(f"{number}.jsonl", data)
+            for number, name in enumerate(names or [f"{number}.jsonl" for number in range(len(members))]):
+                file.writestr(name, members[number] if number < len(members) else b"\0\5\x16\7")
 
     return write
 
@@ -96,14 +96,14 @@ UNREADABLE = {
     "UTF-16 JSONL": (
         "x.jsonl",
         ROWS.decode().encode("utf-16"),
-        "x.jsonl:1: not valid JSON: Expecting value; found '\\udcff",
+        "x.jsonl: this file is in UTF-16; convert it",
     ),
-    "UTF-16 JSON": ("x.json", json.dumps([CHAT]).encode("utf-16"), "x.json:1: not valid JSON"),
-    "UTF-16 CSV": ("x.csv", "prompt,completion\na,b\n".encode("utf-16"), "x.csv:1: no header of CSV in UTF-8"),
+    "UTF-16 JSON": ("x.json", json.dumps([CHAT]).encode("utf-16"), "x.json: this file is in UTF-16"),
+    "UTF-16 CSV": ("x.csv", "prompt,completion\na,b\n".encode("utf-16"), "x.csv: this file is in UTF-16"),
     "Latin-1 JSON": (
         "x.json",
         '[{"text": "é"}]'.encode("latin-1"),
-        "x.json:1: not UTF-8: byte 0xe9 at 10; convert the file",
+        "x.json:1: not UTF-8: byte 0xe9; convert the file",
     ),
     "Latin-1 CSV": ("x.csv", "prompt,completion\né,b\n".encode("latin-1"), "x.csv:2: not UTF-8: byte 0xe9"),
     "bytes of every kind": ("x.jsonl", bytes(range(256)), "x.jsonl:1: not valid JSON"),
@@ -182,7 +182,11 @@ UNREADABLE = {
     "CSV without header": ("x.csv", b"a,b\nc,d\n", "no known format in its columns a, b"),
     "CSV with an empty header": ("x.csv", b",\na,b\n", "no known format in its columns column 1, column 2"),
     "CSV with half a header": ("x.csv", b"prompt,\na,b\n", "no known format in its columns prompt, column 2"),
-    "CSV with semicolons": ("x.csv", b"prompt;completion\na;b\n", "no known format in its columns prompt;completion"),
+    "CSV with semicolons": (
+        "x.csv",
+        b"prompt;completion\na;b\n",
+        "x.csv:1: cells of CSV stand between commas, here b",
+    ),
     "CSV with spaces in its header": ("x.csv", b"prompt, completion\na,b\n", "no known format in its columns prompt"),
     "CSV with a cell too many": ("x.csv", b"prompt,completion\na,b\nc,d,e\n", "x.csv:3: 3 cells under a header of 2"),
     "CSV with an open quote": ("x.csv", b'prompt,completion\na,"b\nc,d\n', "x.csv:2: no valid CSV: unexpected end"),
@@ -253,10 +257,23 @@ UNREADABLE["more bad rows than allowed"] = (
     {"on_bad_row": "drop", "max_bad_rows": 0.1},
 )
 UNREADABLE |= {
+    "bz2 with a broken part": (
+        "x.jsonl.bz2",
+        bz2.compress(ROWS) + b"X" + bz2.compress(ROWS)[1:],
+        "bz2: cannot be read",
+    ),
+    "xz with a broken part": (
+        "x.jsonl.xz",
+        lzma.compress(ROWS) + b"X" + lzma.compress(ROWS)[1:],
+        "xz: cannot be read",
+    ),
+    "a stray column": ("x.jsonl", lines(CHAT, CHAT, {"text": "a"}), "first met: text in ", {"on_bad_row": "drop"}),
+}
+UNREADABLE |= {
     "all of it Latin-1": (
         "x.jsonl",
         b'{"text": "\xe9"}\n' * 2,
-        "x.jsonl:1: not UTF-8: byte 0xe9 at 10; convert the file",
+        "x.jsonl:1: not UTF-8: byte 0xe9; convert the file",
     ),
     "overlong UTF-8": ("x.jsonl", b'{"text": "\xc0\x80"}\n', "x.jsonl:1: not UTF-8: byte 0xc0"),
     "surrogates in UTF-8": ("x.jsonl", b'{"text": "\xed\xa0\xbd\xed\xb8\x80"}\n', "x.jsonl:1: not UTF-8: byte 0xed"),
@@ -520,6 +537,13 @@ BAD_ROWS = {
     for name, (bad, said) in rows.items()
 }
 BAD_ROWS |= {
+    "a text among rows": ("x.jsonl", lines(CHAT, '"oops"', CHAT), "a row of JSON is an object; found 'oops'", END),
+    "CSV with a quote in quotes": (
+        "x.csv",
+        b'prompt,completion\nq,a\nq,"b" c\nq,a\n',
+        "no valid CSV: ',' expected after '\"'; a quote inside quotes is written twice",
+        END,
+    ),
     "half a character in tools as text": (
         "x.jsonl",
         lines(*({**CHAT, "tools": tools} for tools in ("[]", '[{"name": "\\ud800"}]', "[]"))),
@@ -589,7 +613,7 @@ BAD_ROWS |= {
             ("train against weight", CHAT, talk(ASK, {**SAY, "train": True, "weight": 0}), "train", END),
             ("a null name", CHAT, call(name=None), "name", END),
             ("an empty name", CHAT, call(name=""), "name", END),
-            ("a line that is no UTF-8", CHAT, '{"messages": "\udce9"}', "not UTF-8: byte 0xe9 at 14", END),
+            ("a line that is no UTF-8", CHAT, '{"messages": "\udce9"}', "not UTF-8: byte 0xe9", END),
             ("a line cut off", CHAT, '{"messages": [', "not valid JSON: Expecting value at column 15", END),
             ("a line of text", CHAT, "hello", "not valid JSON: Expecting value at column 1; found 'hello'", END),
             ("a line of NUL", CHAT, "\0", "not valid JSON: Expecting value at column 1", END),
@@ -616,6 +640,17 @@ BAD_ROWS |= {
 }
 
 HARMLESS = {
+    "brackets in the name": ("x[1].jsonl", lines(CHAT), [END]),
+    "zip of macOS": ("x.jsonl.zip", archive(lines(CHAT), names=["x.jsonl", "__MACOSX/._x.jsonl"]), [END]),
+    "bz2 of three parts": ("x.jsonl.bz2", bz2.compress(ROWS) * 3, [END] * 9),
+    "xz of three parts and padding": ("x.jsonl.xz", lzma.compress(ROWS) * 3 + bytes(8), [END] * 9),
+    "CSV with a wide space in its header": (
+        "x.csv",
+        'prompt,completion,z\u00a0z,"a\nb"\nq,a,1,2\n'.encode(),
+        [END],
+    ),
+    "a row and one over several lines": ("x.jsonl", lines(CHAT, json.dumps(CHAT, indent=1)), [END] * 2),
+    "CSV whose index is called as we call it": ("x.csv", b"column 2,,prompt,completion\n1,2,q,a\n", [END]),
     "plain JSONL named gz": ("x.jsonl.gz", ROWS, [END] * 3),
     "plain JSONL named zst": ("x.jsonl.zst", ROWS, [END] * 3),
     "plain CSV named xz": ("x.csv.xz", b"prompt,completion\nq,a\n", [END]),

@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from open_r1.configs import DatasetConfig
 from open_r1.errors import NoSplit, UserError
-from open_r1.formats import Row, brief, from_table, prompt_id, row_function
+from open_r1.formats import Row, brief, from_table, listed, prompt_id, row_function
 from open_r1.mixture import columns_of, draw, in_proportion, split
 from open_r1.records import columns_in, problem_of, read_record, row_of
 from open_r1.tables import Table, load_table, source_name
@@ -90,15 +90,21 @@ def load_source(source: DatasetConfig, split: str, text_field: str = "text") -> 
     """One source, reduced to its `columns` and `max_samples`. Raises `UserError`."""
     name = source.name or source_name(source.id or source.data_files[0], source.config, split)
     table = load_table(source.id, source.config, split, source.data_files, source.revision)
-    columns = columns_in(table.rows) if table.files else table.rows.column_names
+    first = columns_in(table.rows) if table.files else dict.fromkeys(table.rows.column_names, 0)
+    columns = list(first)
     if not columns:
         raise UserError(f"{table.files[0]}{table.rows[0]['at']}: {problem_of(table.rows[0])}")
     if source.columns is not None:
         if missing := [column for column in source.columns if column not in columns]:
-            raise UserError(f"{name}: no column {', '.join(missing)}; its columns are {', '.join(columns)}")
+            raise UserError(f"{name}: no column {listed(missing)}; its columns are {listed(columns)}")
         columns = source.columns
     mapping = source.mapping and source.mapping.columns
-    to_row, rows = row_function(columns, name, text_field, mapping), table.rows
+    try:
+        to_row, rows = row_function(columns, name, text_field, mapping), table.rows
+    except UserError as error:
+        late = [(column, table.rows[first[column]]) for column in columns if first[column] > 0]
+        places = [f"{listed([column])} in {table.files[row['file']]}{row['at']}" for column, row in late[:3]]
+        raise UserError(f"{error}; first met: {', '.join(places)}" if places else str(error)) from None
     if table.files:
         to_row = partial(read_record, columns=columns, then=to_row)
     else:
@@ -171,27 +177,32 @@ def as_columns(source: Source) -> Dataset:
     rows = []
     for number, row in enumerate(source.rows):
         try:
-            rows.append(row_of(row))
+            rows.append(row_of(row, texts=source.columns == ["text"]))
         except ValueError as error:
             raise UserError(f"{places_of(source, [number])[0]}: {error}") from None
-    return Dataset.from_dict({column: [row.get(column) for row in rows] for column in source.columns})
+    try:
+        return Dataset.from_dict({column: [row.get(column) for row in rows] for column in source.columns})
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{source.name}: a column holds values of several types: {error}") from None
 
 
 def get_dataset(args: "ScriptArguments") -> DatasetDict:
     """The raw rows of a recipe as Open-R1 hands them out: `train` and, where one is split off, `test`.
 
-    Same rows in the same order as Open-R1 for weights up to 1 and the same seed.
+    Same rows in the same order as Open-R1 for weights up to 1 and the same seed; cells of CSV are texts.
     """
     train, _ = load_sources(args)
     names, mixture = [source.name for source in train], args.dataset_mixture
     order = draw([len(source.rows) for source in train], args, names)
-    orders = split(order, prompts_of(train, order), args)
+    asked = prompts_of(train, order) if args.test_split_size or (mixture and mixture.test_split_size) else None
+    orders = split(order, asked, args)
     if mixture is not None and mixture.in_proportion:
         if mixture.proportion_unit != "rows":
             raise UserError("proportions of supervised tokens need tokens; use open_r1.preparation.prepare instead")
         orders["train"] = in_proportion(orders["train"], np.ones(len(orders["train"])), mixture, names)
+    tables = [as_columns(source) for source in train]
     try:
-        together = concatenate_datasets([as_columns(source) for source in train])
+        together = concatenate_datasets(tables)
     except (ValueError, TypeError) as error:
         raise UserError(f"{', '.join(s.name for s in train)}: their columns differ: {error}") from error
     starts = [sum(len(source.rows) for source in train[:number]) for number in range(len(train))]

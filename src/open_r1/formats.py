@@ -8,7 +8,7 @@ by turn, so that what reaches the chat template is one.
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -239,9 +239,7 @@ def row_function(
     """
     if mapping:
         if missing := {path for path in mapping.values() if path not in columns and path.split(".")[0] not in columns}:
-            raise UserError(
-                f"{name}: its mapping names {', '.join(sorted(missing))}; its columns are {', '.join(columns)}"
-            )
+            raise UserError(f"{name}: its mapping names {listed(sorted(missing))}; its columns are {listed(columns)}")
         return mapped(mapping)
     if images := {"image", "images", "pixel_values"} & set(columns):
         raise UserError(f"{name}: column {', '.join(images)} holds images; only text models are trained here")
@@ -259,13 +257,13 @@ def row_function(
     known = "; ".join("+".join(needed) for needed in [*formats, *SHAPES])
     if not found and not shapes:
         raise UserError(
-            f"{name}: no known format in its columns {', '.join(columns)}; known are {known}; for another one say "
+            f"{name}: no known format in its columns {listed(columns)}; known are {known}; for another one say "
             f"which columns ask and answer: mapping: {{prompt: {columns[0]}, response: {columns[-1]}}}"
         )
     several = [*found, *shapes]
     asks, answers = shapes[0] if shapes else (several[0][0], several[-1][-1])
     raise UserError(
-        f"{name}: its columns {', '.join(columns)} hold several formats ({'; '.join('+'.join(f) for f in several)}); "
+        f"{name}: its columns {listed(columns)} hold several formats ({'; '.join('+'.join(f) for f in several)}); "
         f"say which, with columns: [{', '.join(several[0])}] or mapping: {{prompt: {asks}, response: {answers}}} "
         "(of a source in dataset_mixture; dataset_columns and dataset_mapping for one dataset alone)"
     )
@@ -278,6 +276,11 @@ def mapped(mapping: dict[str, str]) -> Callable[[Row], Row]:
     if "text" in mapping:
         return partial(from_text, column=mapping["text"])
     return partial(from_prompt_completion if "completion" in mapping else from_columns, **mapping)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message; those that could be misread are quoted."""
+    return ", ".join(name if name.isprintable() and name == name.strip() else repr(name) for name in names)
 
 
 def as_yaml(mapping: dict[str, str]) -> str:

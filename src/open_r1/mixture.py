@@ -80,8 +80,8 @@ def fill(places: np.ndarray, amounts: np.ndarray, wanted: float, random: np.rand
     return many[: int(np.abs(reached - wanted).argmin()) + 1] if reached[-1] > wanted + 0.5 else many
 
 
-def split(order: Dataset, prompts: np.ndarray, args: "ScriptArguments") -> DatasetDict:
-    """Split off the test part that the recipe asks for. What is asked in one part is never asked in the other.
+def split(order: Dataset, prompts: np.ndarray | None, args: "ScriptArguments") -> DatasetDict:
+    """Split off the test part that the recipe asks for, if it does. No prompt is asked in both parts.
 
     `prompts[i]` identifies what row i of the order asks. Where every row asks something else, the split is that of
     Open-R1. A row that is repeated counts once, and is once in the test part.

@@ -5,6 +5,7 @@ its line, and numbers, nulls and texts stay what the file says, whatever other r
 """
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
@@ -16,7 +17,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
@@ -27,15 +28,10 @@ from open_r1.errors import UserError
 from open_r1.formats import Row, brief
 
 SCHEMA = pa.schema([("record", pa.binary()), ("problem", pa.string()), ("file", pa.int32()), ("at", pa.string())])
-COLUMN = pa.schema([("column", pa.string())])
+COLUMNS = pa.schema([("column", pa.string()), ("row", pa.int64())])
 BATCH_ROWS, BATCH_BYTES = 2**14, 2**23  # records written at once: whichever is less
-OPENERS: dict[bytes, Callable[[str], Any]] = {  # by the first bytes of a file
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ\0": lzma.open,
-    b"\x28\xb5\x2f\xfd": partial(pa.input_stream, compression="zstd"),
-}
 ZIPPED = (b"PK\x03\x04", b"PK\x05\x06")
+LOOKED_AT = 100  # lines that tell JSON lines from documents
 BOM = b"\xef\xbb\xbf"
 BETWEEN = re.compile(r"[ \t\r\n]*")
 
@@ -46,6 +42,46 @@ class Record(NamedTuple):
     text: bytes
     line: int
     problem: str | None = None
+
+
+class Streams(io.RawIOBase):
+    """A bz2 or xz file of one stream or several. Python's own readers leave out what follows a broken one."""
+
+    def __init__(self, make: Callable[[], Any], file: str) -> None:
+        self.make, self.file, self.decoder = make, open(file, "rb"), make()  # noqa: SIM115
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill some of the buffer; 0 at the end. Raises `EOFError` when the file ends inside a stream."""
+        data = b""
+        while not data:
+            more = self.file.read(2**16) if self.decoder.eof or self.decoder.needs_input else b""
+            if self.decoder.eof:
+                more = (self.decoder.unused_data + more).lstrip(b"\0")
+                if not more:
+                    return 0
+                self.decoder = self.make()
+            elif self.decoder.needs_input and not more:
+                raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+            data = self.decoder.decompress(more, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+OPENERS: dict[str, Callable[[str], Any]] = {  # by a pattern of a file's first bytes
+    r"\x1f\x8b": gzip.open,
+    r"BZh[1-9](1AY&SY|\x17rE8P\x90)": partial(Streams, bz2.BZ2Decompressor),
+    r"\xfd7zXZ\0": partial(Streams, lzma.LZMADecompressor),
+    r"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18": partial(pa.input_stream, compression="zstd"),
+}
 
 
 def records_of(files: list[str], kind: str) -> Dataset:
@@ -59,10 +95,14 @@ def records_of(files: list[str], kind: str) -> Dataset:
     return prepared_table(key, partial(write_records, files, kind))
 
 
-def columns_in(records: Dataset) -> list[str]:
-    """Every key of every record, in order of appearance; empty when no record is an object."""
+def columns_in(records: Dataset) -> dict[str, int]:
+    """Every key of every record, and the first row that has it; empty when no record is an object.
+
+    Where no record is an object, texts are records under `text`.
+    """
     key = {"part": "columns", "of": records._fingerprint}
-    return prepared_table(key, partial(write_columns, records))["column"][:]
+    columns = prepared_table(key, partial(write_columns, records))
+    return dict(zip(columns["column"][:], columns["row"][:], strict=True))
 
 
 def read_record(row: Row, columns: list[str], then: Callable[[Row], Row]) -> Row:
@@ -70,16 +110,16 @@ def read_record(row: Row, columns: list[str], then: Callable[[Row], Row]) -> Row
 
     Raises `ValueError` when the record is no object of distinct keys.
     """
-    found = row_of(row)
+    found = row_of(row, texts=columns == ["text"])
     return then({column: found.get(column) for column in columns})
 
 
-def row_of(row: Row) -> Row:
-    """The record in a row of `records_of`, as it is; a text alone is one under `text`. Raises `ValueError`."""
+def row_of(row: Row, texts: bool = False) -> Row:
+    """The record in a row of `records_of`, as it is; with `texts` a text is one under `text`. Raises `ValueError`."""
     if row["problem"]:
         raise ValueError(row["problem"])
     found = parse(row["record"])
-    if isinstance(found, str):
+    if texts and isinstance(found, str):
         return {"text": found}
     if not isinstance(found, dict):
         raise ValueError(f"a row of JSON is an object; found {brief(found)}")
@@ -99,9 +139,10 @@ def parse(text: bytes) -> Any:
     try:
         return DECODER.decode(text.decode())
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: byte {text[error.start]:#x} at {error.start}; convert the file") from None
+        raise ValueError(f"not UTF-8: byte {text[error.start]:#x}; convert the file") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}; found {brief(error.doc)}") from None
+        problem = error.msg.removesuffix(" at")
+        raise ValueError(f"not valid JSON: {problem} at column {error.colno}; found {brief(error.doc)}") from None
     except RecursionError:
         raise ValueError("lists or objects are nested too deeply") from None
 
@@ -144,15 +185,24 @@ def batch_of(rows: list[tuple[Any, ...]]) -> pa.RecordBatch:
 
 def write_columns(records: Dataset, path: str) -> None:
     """Write the arrow file `path` of the keys of all records."""
-    found: dict[str, None] = {}
-    for row in records.select_columns(["record", "problem"]):
+    found: dict[str, int] = {}
+    text = -1
+    for number, row in enumerate(records.select_columns(["record", "problem"])):
         try:
-            found.update(dict.fromkeys(row_of(row)))
+            value = row_of(row, texts=True)
         except ValueError:
             continue  # it is reported when its row is needed
-    names = [name for name in found if name.isprintable()]  # others cannot be written in a recipe
-    with pa.OSFile(path, "wb") as target, pa.ipc.new_stream(target, COLUMN) as writer:
-        writer.write_batch(pa.record_batch([pa.array(names, pa.string())], COLUMN))
+        if text < 0 and not row["record"].startswith(b"{"):
+            text = number
+        elif row["record"].startswith(b"{"):
+            for name in value:
+                found.setdefault(name, number)
+    if not found and text >= 0:
+        found["text"] = text
+    names = [name for name in found if name.isascii() or name == name.encode(errors="ignore").decode()]
+    with pa.OSFile(path, "wb") as target, pa.ipc.new_stream(target, COLUMNS) as writer:
+        numbers = [found[name] for name in names]
+        writer.write_batch(pa.record_batch([pa.array(names, pa.string()), pa.array(numbers, pa.int64())], COLUMNS))
 
 
 def records_in(file: str, kind: str) -> Iterator[tuple[str, Record]]:
@@ -171,26 +221,28 @@ def records_in(file: str, kind: str) -> Iterator[tuple[str, Record]]:
 def parts_of(file: str) -> Iterator[tuple[str, Callable[[], BinaryIO]]]:
     """What opens a file, decompressed as its first bytes tell, or each file in a zip archive."""
     with open(file, "rb") as stream:
-        start = stream.read(6)
+        start = stream.read(16)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{file}: this file is in UTF-16; convert it to UTF-8")
     if start.startswith(ZIPPED):
         with zipfile.ZipFile(file) as archive:
             for name in archive.namelist():
-                if not name.endswith("/"):
+                if not name.endswith("/") and not name.startswith("__MACOSX/"):
                     yield f"/{name}", partial(archive.open, name)
     else:
-        opened = next(
-            (opened for magic, opened in OPENERS.items() if start.startswith(magic)), partial(open, mode="rb")
-        )
-        yield "", partial(opened, file)
+        found = (opened for magic, opened in OPENERS.items() if re.match(magic.encode("latin-1"), start, re.DOTALL))
+        yield "", partial(next(found, partial(open, mode="rb")), file)
 
 
 def json_records(opened: Callable[[], Any], name: str) -> Iterator[Record]:
-    """The records of JSON lines, or of JSON documents over any number of lines: objects, or one list of them."""
+    """The records of JSON lines, or of JSON documents over any number of lines: objects, or one list of them.
+
+    It is JSON lines where at least half of the first lines are objects of their own.
+    """
     with opened() as stream:
-        lines = iter(partial(io.BufferedReader(stream).readline, 2**24), b"")
-        first, second = (next((line for line in lines if line.strip()), b"").removeprefix(BOM) for _ in "12")
-    begins_list = first.lstrip().startswith(b"[") and type_of(first) is None
-    by_line = type_of(first) is dict or (type_of(second) is dict and not begins_list)
+        lines = (line for line in io.BufferedReader(stream) if line.strip())
+        first = [type_of(line.removeprefix(BOM)) is dict for line in islice(lines, LOOKED_AT)]
+    by_line = any(first) and sum(first) >= len(first) / 2
     with opened() as stream:
         yield from by_lines(io.BufferedReader(stream)) if by_line else documents(stream, name)
 
@@ -271,22 +323,41 @@ def csv_records(opened: Callable[[], Any], name: str) -> Iterator[Record]:
     with opened() as stream:
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
         rows = csv.reader(text, strict=True)
-        try:
-            header = next((row for row in rows if row), [])
-            if any(not cell.isprintable() for cell in header):
-                raise UserError(f"{name}:{rows.line_num}: no header of CSV in UTF-8; found {brief(header)}")
-            if twice := [cell for cell, times in Counter(header).items() if cell and times > 1]:
-                raise UserError(
-                    f"{name}:{rows.line_num}: the column {', '.join(twice)} is there twice; give each its own name"
-                )
-            header = [cell or f"column {number}" for number, cell in enumerate(header, 1)]
-            line = rows.line_num + 1
-            for row in rows:
-                if row:
+        header: list[str] = []
+        line, at_end = 1, False
+        while not at_end:
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                if "unexpected end" in str(error) or not header:
+                    raise UserError(f"{name}:{line}: no valid CSV: {error}; a cell in quotes ends with one") from None
+                yield Record(b"null", line, f"no valid CSV: {error}; a quote inside quotes is written twice")
+            else:
+                at_end = row is None
+                if row and header:
                     yield csv_record(header, row, line)
-                line = rows.line_num + 1
-        except csv.Error as error:
-            raise UserError(f"{name}:{line}: no valid CSV: {error}; a cell in quotes ends with one") from None
+                elif row:
+                    header = named(row, f"{name}:{line}")
+            line = rows.line_num + 1
+
+
+def named(header: list[str], where: str) -> list[str]:
+    """The names of a CSV header, also where it has none. Raises `UserError` for what is no header."""
+    if any("\0" in cell or cell != cell.encode(errors="ignore").decode() for cell in header):
+        raise UserError(f"{where}: no header of CSV in UTF-8; found {brief(header)}")
+    if len(header) == 1 and (sign := next((sign for sign in ";\t|" if sign in header[0]), "")):
+        raise UserError(
+            f"{where}: cells of CSV stand between commas, here between {sign!r}; write the file with commas"
+        )
+    if twice := [cell for cell, times in Counter(header).items() if cell and times > 1]:
+        raise UserError(f"{where}: the column {', '.join(twice)} is there twice; give each its own name")
+    made: list[str] = []
+    for number, cell in enumerate(header, 1):
+        name = cell or f"column {number}"
+        while not cell and name in header:
+            name += "'"
+        made.append(name)
+    return made
 
 
 def csv_record(header: list[str], row: list[str], line: int) -> Record:

@@ -1,6 +1,7 @@
 """A name in a recipe -> the rows behind it, as they are stored: files, directories, `save_to_disk`, the hub."""
 
 import glob
+import logging
 import os
 import re
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from open_r1.cache import digest, file_digest, root
 from open_r1.errors import NoSplit, UserError
 from open_r1.records import records_of
 
+logger = logging.getLogger(__name__)
 LOADERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
 COMMIT = re.compile(r"hf://datasets/[^@]+@[0-9a-f]+")
 SETTINGS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # of a directory, on how its files are read
@@ -48,9 +50,14 @@ def load_table(
     """
     files = local_files(name, data_files)
     name = os.path.expanduser(name) if name else files[0]
+    split = "".join(split.split())
     title = source_name(name, config, split)
     if files and (config or revision):
         raise UserError(f"{name}: a dataset_config or revision ({config or revision!r}) belongs to a hub dataset")
+    if name in LOADERS.values() and not files and not os.path.isdir(name):
+        raise UserError(f"{name} is a kind of file: name files of it in data_files")
+    if folders := [file for file in files if os.path.isdir(file)]:
+        raise UserError(f"{folders[0]}: is a directory; name the files in it ({folders[0]}/*)")
     if missing := [file for file in files if not os.path.isfile(file)]:
         raise UserError(f"{missing[0]}: no such file (relative paths start at {os.getcwd()})")
     verbosity = datasets.logging.get_verbosity()
@@ -103,21 +110,27 @@ def from_saved(name: str, split: str, title: str) -> Table:
     saved = datasets.load_from_disk(name)
     splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
     named = splits_in(split, list(splits), title)
-    rows = concatenate_datasets([splits[each] for each in named])
+    rows = concatenate_datasets([splits[each].with_format(None) for each in named])
     files = [str(path) for path in sorted(Path(name).rglob("*")) if path.suffix in (".arrow", ".json")]
     return Table(part_of(rows, {each: len(splits[each]) for each in named}, split), digests_of(files))
 
 
 def from_folder(name: str, config: str | None, split: str, data_files: list[str] | None, title: str) -> Table:
     """A directory laid out as a hub dataset; its JSON and CSV become records."""
-    inside = digests_of([str(path) for path in sorted(Path(name).rglob("*")) if path.is_file()])
-    builder = datasets.load_dataset_builder(name, config, data_files=data_files, cache_dir=kept_at(inside))
+    if glob.has_magic(name):
+        raise UserError(f"{name}: a directory whose name holds * ? or [ cannot be read; rename it")
+    builder = datasets.load_dataset_builder(name, config, data_files=data_files)
     splits = {str(each): list(map(str, files)) for each, files in builder.config.data_files.items()}
+    inside = [str(path) for path in sorted(Path(name).glob("*")) if path.is_file()]
+    known = {os.path.abspath(file) for files in splits.values() for file in files}
+    if left := [file for file in inside if file_kind(file) and os.path.abspath(file) not in known and not data_files]:
+        logger.warning("%s: in no split, by their names, and not read: %s", name, ", ".join(left))
     splits = {each: splits[each] for each in splits_in(split, list(splits), title)}
     contents = digests_of([file for files in splits.values() for file in files])
-    contents |= {file: found for file, found in inside.items() if os.path.basename(file) in SETTINGS}
+    contents |= digests_of([file for file in inside if os.path.basename(file) in SETTINGS])
     if kind := kind_of(builder):
         return from_text(kind, splits, split, contents)
+    builder = datasets.load_dataset_builder(name, config, data_files=data_files, cache_dir=kept_at(contents))
     builder.download_and_prepare()
     return Table(builder.as_dataset(split=split), contents)
 
@@ -135,10 +148,12 @@ def from_hub(name: str, config: str | None, split: str, data_files: list[str] | 
 def kind_of(builder: DatasetBuilder) -> str:
     """`json` or `csv` when a dataset is such files, read with the library's own settings; empty otherwise."""
     settings = builder.config
-    if isinstance(settings, JsonConfig) and settings.field is None:
-        return "json"
-    plain = isinstance(settings, CsvConfig) and settings.pd_read_csv_kwargs == CsvConfig().pd_read_csv_kwargs
-    return "csv" if plain else ""
+    about = {"name", "version", "data_dir", "data_files", "description"}
+    for kind, plain in (("json", JsonConfig()), ("csv", CsvConfig())):
+        if isinstance(settings, type(plain)):
+            said = {key for key, value in vars(plain).items() if vars(settings)[key] != value}
+            return kind if said <= about else ""
+    return ""
 
 
 def splits_in(split: str, known: list[str], title: str) -> list[str]:
@@ -204,7 +219,8 @@ def loader_of(files: list[str]) -> str:
 
 def is_saved(directory: Path) -> bool:
     """Whether `save_to_disk` wrote this directory."""
-    return (directory / "dataset_dict.json").is_file() or (directory / "state.json").is_file()
+    alone = all((directory / name).is_file() for name in ("state.json", "dataset_info.json"))
+    return alone or (directory / "dataset_dict.json").is_file()
 
 
 def refusal_of(error: Exception, title: str) -> UserError:
@@ -226,9 +242,9 @@ def local_files(name: str | None, data_files: list[str] | None = None) -> list[s
     if name is None or name in set(LOADERS.values()):  # tutorials say `dataset_name: json` beside data_files
         return [file for pattern in data_files or () for file in local_files(pattern) or [pattern]]
     name = os.path.expanduser(name)
-    if glob.has_magic(name):
-        return sorted(glob.glob(name, recursive=True))
-    return [name] if os.path.isfile(name) else []
+    if os.path.isfile(name):
+        return [name]
+    return sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) and not os.path.isdir(name) else []
 
 
 def source_name(name: str, config: str | None, split: str) -> str:
