@@ -669,8 +669,8 @@ HARMLESS = {
     ),
     "CSV with cells of 200 KB": (
         "x.csv",
-        b"prompt,completion\nq," + b"a" * 200_000 + b"\n",
-        ["a" * 40],
+        b"prompt,completion\nq," + b"a" * 200_000 + b"\nq,a\n",
+        ["a" * 40, END],
         {"max_length": 64},
     ),
     "BOM in JSONL": ("x.jsonl", b"\xef\xbb\xbf" + ROWS, [END] * 3),

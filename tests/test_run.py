@@ -322,12 +322,12 @@ def test_an_adapter_with_added_chat_tokens_can_be_trained_on(tmp_path, pairs, ch
     assert losses(tmp_path / "two")
 
 
-def test_a_dry_run_checks_everything_but_the_weights(tiny_model, chat_file, tmp_path, monkeypatch, caplog):
+def test_a_dry_run_checks_everything_but_the_weights(tiny_model, chat_file, tmp_path, monkeypatch, caplog, capsys):
     caplog.set_level("INFO", "open_r1")
     monkeypatch.setattr("open_r1.model.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     argv = settings(model_name_or_path=tiny_model, dataset_name=chat_file, output_dir=tmp_path / "run", dry_run=True)
     assert main(argv) == 0
-    assert "this recipe can be run" in caplog.text
+    assert "this recipe can be run" in capsys.readouterr().out
     assert "train, rows" in caplog.text
     assert not (tmp_path / "run").exists()
 

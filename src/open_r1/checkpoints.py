@@ -20,7 +20,7 @@ NOT_SERVED = ("optimizer*", "scheduler*", "rng_state*", "scaler*", "trainer_stat
 # Settings that may change between a start and the next, by how their names begin.
 FREE = ("log", "report_to", "run_name", "save_", "eval_", "do_eval", "per_device_eval", "resume", "push_", "hub_")
 FREE += ("overwrite_", "wandb_", "trackio_", "callbacks", "disable_tqdm", "ddp_timeout", "dry_run", "dataloader_")
-FREE += ("dataset_num_proc", "env")
+FREE += ("dataset_num_proc", "env", "plan_gpu")
 OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")  # plain, FSDP, DeepSpeed
 
 

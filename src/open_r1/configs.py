@@ -321,9 +321,19 @@ class SFTConfig(trl.SFTConfig):
     overwrite_hub_revision: bool = field(
         default=False, metadata={"help": "Allow pushing to a hub branch that already holds files."}
     )
-    dry_run: bool = field(
+    dry_run: bool | str = field(
         default=False,
-        metadata={"help": "Check recipe, model files and data, show the ledger, and stop before weights."},
+        metadata={
+            "help": "Check recipe, model files and data, show what was found and what the run comes to, and stop "
+            "before weights (exit code 1 for errors); json writes it to stdout for machines.",
+            "choices": [True, False, "json"],
+        },
+    )
+    plan_gpu: str | None = field(
+        default=None,
+        metadata={
+            "help": "GPU that dry_run plans memory for: H100, A100-40GB, ANY-24GB; default: the one that is here."
+        },
     )
     wandb_entity: str | None = field(default=None, metadata={"help": "W&B entity to log to."})
     wandb_project: str | None = field(default=None, metadata={"help": "W&B project to log to."})

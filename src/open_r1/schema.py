@@ -84,6 +84,8 @@ def as_meant(value: Any, spec: dict[str, Any], types: list[str], where: str) -> 
     """What people mean by a value that YAML or a command line gives another type."""
     if isinstance(value, str) and ("string" not in types or ("object" in types and value.startswith("{"))):
         value = parse_text(value, types)
+    elif isinstance(value, str) and value.lower() in ("true", "false") and True in spec.get("enum", []):
+        value = value.lower() == "true"
     elif where == CLI and "null" in types and value in ("none", "null") and "enum" not in spec:
         value = None  # a command line has no other way to unset a text
     elif value is False and "no" in spec.get("enum", []) and False not in spec["enum"]:

@@ -56,7 +56,7 @@ def run(recipe: Recipe) -> int:
     from transformers import set_seed
     from trl import SFTTrainer
 
-    from open_r1 import ledger
+    from open_r1 import ledger, preflight
     from open_r1.callbacks import get_callbacks, ready_branch
     from open_r1.chat import get_tokenizer
     from open_r1.model import adapter_config, check_model, get_model
@@ -73,9 +73,10 @@ def run(recipe: Recipe) -> int:
     tokenizer = get_tokenizer(model_args, training_args)
     prepared = prepare(script_args, training_args, tokenizer)
 
+    findings, plan = preflight.check(training_args, model_args, tokenizer, prepared)
     if training_args.dry_run:
-        logger.info("checked: this recipe can be run; nothing was trained")
-        return 0
+        return preflight.report(findings, plan, as_json=training_args.dry_run == "json")
+    preflight.require(findings)
     require_same_data(output_dir, checkpoint, prepared.train.key)
     if training_args.process_index == 0:
         ready_branch(training_args, resuming=checkpoint is not None)

@@ -1,0 +1,223 @@
+"""What a training step takes of a device's memory, found by taking two steps with tensors that hold nothing.
+
+Model, adapter, loss and optimizer are the ones that train; only their tensors are fake, so what torch's allocator
+would have to hand out is counted without any of it. Deep models are measured at two depths and continued.
+"""
+
+import contextlib
+import copy
+import logging
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from peft import get_peft_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from trl import get_peft_config
+from trl.trainer.utils import add_fused_lm_head
+
+if TYPE_CHECKING:
+    from open_r1.configs import ModelConfig, SFTConfig
+
+logger = logging.getLogger(__name__)
+DEPTHS = (6, 12)  # layers that deeper models are measured with
+OUTPUTS = ("log_probs", "entropy", "is_top1")  # what TRL's trainer asks of the loss
+QUANTISED = {4: 0.55, 8: 1.05}  # bytes of a weight in bits, its scales included
+# Bytes of optimizer state for a trained parameter, by what the optimizer's name holds; AdamW keeps 8.
+STATE = {"8bit": 2, "4bit": 1, "adafactor": 0, "sgd": 0, "lion": 4, "rmsprop": 4, "adagrad": 4}
+# Memory of GPUs in GiB, as sold; any other is said as NAME-24GB.
+GPUS = {"T4": 16, "L4": 24, "A10": 24, "L40S": 48, "V100": 32, "A100": 80, "H100": 80, "H200": 141, "B200": 180}
+
+
+def plan_memory(
+    config: PretrainedConfig, dtype: str, model_args: "ModelConfig", args: "SFTConfig", length: int, vocabulary: int
+) -> dict[str, int]:
+    """Bytes that a device needs at most: `weights`, `gradients`, `optimizer`, `activations` (loss too), `total`.
+
+    `length` is that of the longest row in tokens, `vocabulary` the number of tokens after those that are added.
+    """
+    layers = config.get_text_config().num_hidden_layers
+    if layers <= DEPTHS[1]:
+        found = measure(config, layers, dtype, model_args, args, length, vocabulary)
+    else:
+        low, high = (measure(config, depth, dtype, model_args, args, length, vocabulary) for depth in DEPTHS)
+        more = (layers - DEPTHS[1]) / (DEPTHS[1] - DEPTHS[0])
+        found = {part: high[part] + (high[part] - low[part]) * more for part in high}
+    return {part: int(value) for part, value in shared_out(found, model_args, args).items()}
+
+
+def measure(
+    config: PretrainedConfig,
+    layers: int,
+    dtype: str,
+    model_args: "ModelConfig",
+    args: "SFTConfig",
+    length: int,
+    vocabulary: int,
+) -> dict[str, float]:
+    """Bytes at the peak of the second step on one device, for a model of so many layers."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers, text.vocab_size = layers, max(vocabulary, text.vocab_size)
+    if isinstance(vars(text).get("layer_types"), list):
+        text.layer_types = text.layer_types[:layers]
+    rows = args.per_device_train_batch_size
+    packed = args.packing and args.packing_strategy != "wrapped"
+    shape = (1, rows * length) if packed or args.padding_free else (rows, length)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with init_empty_weights(include_buffers=True):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, dtype), attn_implementation=model_args.attn_implementation
+            )
+        model.tie_weights()  # which making them empty has undone
+        add_fused_lm_head(model, outputs=OUTPUTS)
+        if (lora := get_peft_config(model_args)) is not None:
+            with init_empty_weights(include_buffers=True):
+                model = get_peft_model(model, lora)  # in float32, as peft keeps what it trains
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fill(model)
+        if args.activation_checkpointing:
+            model.gradient_checkpointing_enable(args.activation_checkpointing_kwargs or {"use_reentrant": False})
+            if lora is not None:
+                model.enable_input_require_grads()
+        model.train()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+        tracker = Peak([*model.parameters(), *model.buffers()])
+        half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        cast = torch.autocast("cpu", half) if half else contextlib.nullcontext()
+        # On a CPU a packed row has a mask of all pairs; kernels that take lengths have none.
+        attended = torch.ones(1, 1, *shape[1:] * 2, dtype=torch.bool) if packed and args.use_cpu else None
+        with tracker:
+            for number in range(2 * min(2, args.gradient_accumulation_steps)):
+                step(model, shape, attended, cast)
+                if args.gradient_accumulation_steps == 1 or number % 2:
+                    torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+        states = [value for state in optimizer.state.values() for value in state.values()]
+    return {
+        "weights": size_of([*model.parameters(), *model.buffers()]),
+        "gradients": size_of(trained),
+        "optimizer": size_of(states),
+        "total": tracker.peak,
+        "trained": sum(parameter.numel() for parameter in trained),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that lived at once, counted by storages as `torch.distributed._tools.mem_tracker` does.
+
+    That one hooks every parameter, which those that are frozen refuse.
+    """
+
+    def __init__(self, there: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+        for tensor in there:
+            self.add(tensor)
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Count the storage of a tensor while it lives."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.drop, key, size)
+
+    def drop(self, key: int, size: int) -> None:
+        """Count a storage no more."""
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count what an operation makes."""
+        made = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.add, made)
+        return made
+
+
+def size_of(tensors: list[torch.Tensor]) -> int:
+    """Bytes of tensors, each storage once."""
+    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Give a model without memory tensors that count as memory; what is tied stays tied."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None and id(tensor) not in made:
+                empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                made[id(tensor)] = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            module._parameters[name] = made.get(id(tensor))
+        for name, tensor in module._buffers.items():
+            module._buffers[name] = tensor if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def step(model: Any, shape: tuple[int, int], attended: torch.Tensor | None, cast: Any) -> None:
+    """Forward and backward of one micro-batch, as TRL's trainer does them."""
+    ids = torch.zeros(shape, dtype=torch.long)
+    with cast:
+        mask = attended if attended is not None else torch.ones(shape, dtype=torch.long)
+        made = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True)
+        loss = -made.log_probs.sum() / ids.numel()
+    loss.backward()
+
+
+def shared_out(found: dict[str, float], model_args: "ModelConfig", args: "SFTConfig") -> dict[str, float]:
+    """The parts on one device of those that share the model, quantised where the recipe says so."""
+    weights, gradients, optimizer = (found[part] for part in ("weights", "gradients", "optimizer"))
+    trained, frozen = found["trained"], found["parameters"] - found["trained"]
+    activations = max(
+        0.0, found["total"] - weights - optimizer - (gradients if args.gradient_accumulation_steps > 1 else 0)
+    )
+    if bits := 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 0:
+        weights -= frozen * (weights / found["parameters"] - QUANTISED[bits])
+    name = str(getattr(args.optim, "value", args.optim))
+    state = next((size for part, size in STATE.items() if part in name), 8)
+    optimizer = optimizer * state / 8
+    world, plugin = args.world_size, args.deepspeed_plugin
+    stage = plugin.zero_stage if plugin is not None else 0
+    if stage:
+        optimizer = (optimizer + 4 * trained) / world  # float32 masters too
+        gradients = gradients / world if stage >= 2 else gradients
+        weights = weights / world if stage == 3 else weights
+    elif world > 1:
+        gradients *= 2  # DDP's buckets
+    return {
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "activations": activations,
+        "total": weights
+        + optimizer
+        + activations
+        + (gradients if stage or world > 1 or args.gradient_accumulation_steps > 1 else 0),
+    }
+
+
+def device_memory(named: str | None) -> int | None:
+    """Bytes of a GPU: of the one named (`H100`, `A100-40GB`), else of the first that is here, else None.
+
+    Raises `ValueError` for a name that says nothing.
+    """
+    if named is None:
+        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    name, _, size = named.upper().partition("-")
+    if size.removesuffix("GB").isdigit():
+        return int(size.removesuffix("GB")) * 2**30
+    if not size and name in GPUS:
+        return GPUS[name] * 2**30
+    raise ValueError(f"plan_gpu: {named!r} is none of {', '.join(GPUS)}; say its memory: {named}-80GB")

@@ -1,0 +1,255 @@
+"""The check before training: each thing that can be known is found, and a healthy run is told nothing."""
+
+import json
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from conftest import settings, write_jsonl
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MambaConfig
+
+from open_r1.memory import device_memory
+from open_r1.sft import main
+
+THOUGHTS = [
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\nEins."},
+    {"role": "user", "content": "Two?"},
+    {"role": "assistant", "content": "<think>\nso\n</think>\n\nZwei."},
+]
+
+
+@pytest.fixture
+def model(tiny_model, tmp_path):
+    """A copy of the tiny model to change."""
+    return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+@pytest.fixture
+def checked(tiny_model, chat_file, tmp_path, capsys):
+    """Check a recipe; returns the exit code, findings as (level, text, remedy) and the plan."""
+
+    def checked(**values):
+        common = {"model_name_or_path": tiny_model, "dataset_name": chat_file, "output_dir": tmp_path / "run"}
+        code = main(settings(**{**common, "max_length": 512, **values}, dry_run="json"))
+        said = capsys.readouterr()
+        if code == 2:
+            return code, said.err, None
+        found = json.loads(said.out)
+        return code, [tuple(finding.values()) for finding in found["findings"]], found["plan"]
+
+    return checked
+
+
+def test_a_healthy_run_is_told_nothing(checked, tmp_path, conversations):
+    code, findings, plan = checked(num_train_epochs=2, max_steps=-1, eval_strategy="epoch", test_split_size=60)
+    assert (code, findings) == (0, [])
+    assert (plan["rows"], plan["eval_rows"], plan["steps_per_epoch"], plan["steps"]) == (540, 60, 270, 540)
+    assert plan["tokens"] > plan["supervised_tokens"] > 0
+    assert not (tmp_path / "run" / "run_state.json").exists()
+
+
+def test_people_and_machines_are_told_the_same(tiny_model, chat_file, tmp_path, capsys):
+    argv = settings(model_name_or_path=tiny_model, dataset_name=chat_file, output_dir=tmp_path / "run")
+    assert main([*argv, "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "steps               2\n" in out and "checked: this recipe can be run" in out
+    assert main([*argv, "--dry_run", "--eos_token", "<|endoftext|>"]) == 1
+    out = capsys.readouterr().out
+    assert "error   the chat template ends a turn with <|im_end|>, but EOS is <|endoftext|>" in out
+    assert "this recipe cannot be run" in out
+
+
+def test_a_run_stops_before_weights(tiny_model, chat_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("open_r1.model.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    argv = settings(model_name_or_path=tiny_model, dataset_name=chat_file, output_dir=tmp_path / "run")
+    assert main([*argv, "--eos_token", "<|endoftext|>"]) == 2
+    assert "but EOS is <|endoftext|>" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "run_state.json").exists()
+
+
+def found(findings, level, text):
+    (finding,) = [each for each in findings if text in each[1]]
+    assert finding[0] == level and finding[2]
+    return finding
+
+
+def test_eos_that_nothing_learns(checked, tmp_path, tokenizer):
+    ids = tokenizer("one and two")["input_ids"]
+    rows = [{"input_ids": [*ids, tokenizer.convert_tokens_to_ids("<|im_end|>")], "labels": [*ids, -100]}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows * 9)
+    code, findings, _ = checked(dataset_name=path)
+    assert code == 0
+    found(findings, "warning", "EOS (<|im_end|>) is in the labels of none of 9 rows")
+    code, findings, _ = checked(max_length=4)  # no answer has its end
+    assert code == 1
+    found(findings, "error", "EOS (<|im_end|>) is in the labels of none of 200 rows")
+    rows[0]["labels"] = rows[0]["input_ids"]
+    assert checked(dataset_name=write_jsonl(path, rows))[:2] == (0, [])
+
+
+def test_two_bos(checked, model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(model)
+    end, bos = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": [bos, bos, 5, 6, end]}] * 3)
+    code, findings, _ = checked(model_name_or_path=model, dataset_name=path)
+    assert code == 1
+    found(findings, "error", "rows begin with two BOS tokens")
+    write_jsonl(path, [{"input_ids": [bos, 5, 6, end]}] * 3)
+    assert checked(model_name_or_path=model, dataset_name=path)[:2] == (0, [])
+
+
+def test_reasoning_that_the_template_strips(checked, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": THOUGHTS}] * 3)
+    code, findings, _ = checked(dataset_name=path, chat_template="qwen3")
+    assert code == 0
+    found(findings, "note", "the chat template rewrites earlier turns")
+    assert checked(dataset_name=path)[:2] == (0, [])  # ChatML leaves it
+
+
+def test_answers_that_lose_their_end(checked):
+    code, findings, _ = checked(max_length=48)
+    assert code == 0
+    found(findings, "warning", "answers lose their end to max_length 48")
+
+
+def test_everything_supervised(checked, tmp_path):
+    rows = [{"prompt": "", "completion": "four"}] * 3
+    _, findings, _ = checked(dataset_name=write_jsonl(tmp_path / "rows.jsonl", rows))
+    found(findings, "warning", "every token is learnt, prompts too")
+    rows = [{"prompt": "two and two is ", "completion": "four"}] * 3
+    assert checked(dataset_name=write_jsonl(tmp_path / "rows.jsonl", rows))[1] == []
+
+
+def test_a_context_that_is_too_short(checked, model):
+    config = AutoConfig.from_pretrained(model)
+    config.max_position_embeddings = 256
+    config.save_pretrained(model)
+    code, findings, _ = checked(model_name_or_path=model)
+    assert code == 1
+    found(findings, "error", "max_length 512 is more than the 256 positions")
+    assert checked(model_name_or_path=model, max_length=256)[0] == 0
+    more = {"max_position_embeddings": 512}
+    assert checked(model_name_or_path=model, model_init_kwargs=more)[0] == 0
+
+
+def test_a_generation_config_that_cannot_be_saved(checked, model):
+    path = model / "generation_config.json"
+    said = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**said, "do_sample": False, "temperature": 0.5}))
+    code, findings, _ = checked(model_name_or_path=model)
+    assert code == 1
+    found(findings, "error", "its generation_config cannot be saved")
+    path.write_text(json.dumps({**said, "do_sample": True, "temperature": 0.5}))
+    assert checked(model_name_or_path=model)[:2] == (0, [])
+
+
+def test_lora_targets_that_are_not_there(checked):
+    code, findings, _ = checked(use_peft=True, lora_target_modules=["q_proj", "nothing"])
+    assert code == 0  # peft is content with one that matches
+    code, findings, _ = checked(use_peft=True, lora_target_modules=["nothing"])
+    assert code == 1
+    assert "q_proj" in found(findings, "error", "lora_target_modules: ")[2]
+
+
+def test_a_stop_token_that_looks_untrained(checked, model):
+    weights = load_file(model / "model.safetensors")
+    (name,) = (name for name in weights if name.endswith("embed_tokens.weight"))
+    end = AutoTokenizer.from_pretrained(model).convert_tokens_to_ids("<|im_end|>")
+    weights[name][end] *= 0.01
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    code, findings, _ = checked(model_name_or_path=model, use_peft=True)
+    assert code == 0
+    found(findings, "warning", "the embedding of <|im_end|> looks untrained")
+    assert checked(model_name_or_path=model)[1] == []  # trained in full, it learns
+    assert checked(use_peft=True)[1] == []
+
+
+def test_new_tokens_that_an_adapter_does_not_train(checked, tmp_path, pairs):
+    from make_docstrings import write_model
+
+    texts = [text for pair in pairs[:50] for text in pair]
+    write_model(tmp_path / "bare", texts, 400, 32, 1, special=["<|endoftext|>"])
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "bare")
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "bare")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    AutoTokenizer.from_pretrained(tmp_path / "bare").save_pretrained(tmp_path / "adapter")
+    code, findings, _ = checked(model_name_or_path=tmp_path / "adapter", use_peft=True)
+    assert code == 1
+    found(findings, "error", "are new to the vocabulary, and the adapter")
+    assert checked(model_name_or_path=tmp_path / "bare", use_peft=True)[0] == 0
+
+
+def test_packing_where_documents_leak(checked, model):
+    config = MambaConfig(vocab_size=600, hidden_size=32, num_hidden_layers=1, state_size=4)
+    config.save_pretrained(model)
+    code, findings, _ = checked(model_name_or_path=model, packing=True)
+    assert code == 1
+    found(findings, "error", "packing: the layers of mamba carry a state")
+    assert checked(model_name_or_path=model, plan_gpu="X-1GB")[0] == 0
+    assert checked(packing=True)[:2] == (0, [])
+
+
+def test_evaluation_without_data_and_a_source_without_rows(checked, tmp_path, chat_file):
+    code, said, _ = checked(eval_strategy="epoch")
+    assert code == 2 and "set dataset_test_split, test_split_size or eval_dataset_name" in said
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    mixture = {"datasets": [{"id": chat_file}, {"id": str(empty)}]}
+    code, said, _ = checked(dataset_name=None, dataset_mixture=mixture)
+    assert code == 2 and "empty.jsonl: holds no rows" in said
+
+
+def test_too_little_disk(checked, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("open_r1.preflight.shutil.disk_usage", lambda path: usage(2**30, 0, 2**18))
+    code, findings, _ = checked()
+    assert code == 1
+    found(findings, "error", "checkpoints and the model take")
+    assert checked(save_strategy="no", save_only_model=True)[0] == 0
+
+
+def test_packages_that_are_not_there(checked):
+    code, findings, _ = checked(optim="galore_adamw", optim_target_modules="all-linear")
+    assert code == 1
+    found(findings, "error", "optim: ")
+    assert checked(optim="adamw_torch")[0] == 0
+
+
+def test_a_gpu_that_is_too_small(checked, monkeypatch):
+    monkeypatch.setattr("open_r1.preflight.HEADROOM", 0.1)
+    common = {"plan_gpu": "X-1GB", "activation_checkpointing": True}
+    code, findings, plan = checked(**common, per_device_train_batch_size=256)
+    assert code == 1
+    remedy = found(findings, "error", "a device would need")[2]
+    assert remedy.startswith("set per_device_train_batch_size: ")
+    assert plan["memory_bytes"]["total"] > 0.1 * plan["gpu_bytes"] == 0.1 * 2**30
+    batch = int(remedy.removeprefix("set per_device_train_batch_size: ").partition(",")[0])
+    assert f"gradient_accumulation_steps: {256 // batch}" in remedy
+    more = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 256 // batch}
+    assert checked(**common, **more)[0] == 0
+    code, findings, _ = checked(plan_gpu="nothing")
+    assert code == 1 and "plan_gpu: 'nothing' is none of" in findings[0][1]
+
+
+@pytest.mark.parametrize(("name", "gib"), [("H100", 80), ("a100-40GB", 40), ("RTX4090-24gb", 24)])
+def test_gpus_by_name(name, gib):
+    assert device_memory(name) == gib * 2**30
+    assert device_memory(None) is None or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("values", [{}, {"use_peft": True}], ids=["full", "lora"])
+def test_checkpoints_are_as_large_as_planned(checked, tiny_model, chat_file, tmp_path, values):
+    _, _, plan = checked(**values)
+    argv = settings(model_name_or_path=tiny_model, dataset_name=chat_file, output_dir=tmp_path / "real", **values)
+    assert main(argv) == 0
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "real" / "checkpoint-2").iterdir()}
+    written = sum(size for name, size in sizes.items() if name.endswith("safetensors") or name == "optimizer.pt")
+    assert written == pytest.approx(plan["checkpoint_bytes"], rel=0.25, abs=30_000)
