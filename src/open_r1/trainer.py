@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
     from open_r1.preparation import Part
 
-BLOCK = 50  # global batches within which group_by_length sorts rows
+BLOCK = 50  # global batches within which group_by_length sorts rows; as upstream, at most a quarter of them all
 
 
 class Order(Sampler[int]):
@@ -81,8 +81,8 @@ class Order(Sampler[int]):
         return self.with_longest_first(rows) if self.longest_first and number == 0 else rows
 
     def grouped(self, rows: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """Whole global batches of rows of like length, in a random order."""
-        size = BLOCK * self.batch
+        """Whole global batches of rows of like length, in a random order; others in every epoch."""
+        size = max(1, min(BLOCK, len(rows) // self.batch // 4)) * self.batch
         blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
         blocks = [block[np.argsort(-self.lengths[block], kind="stable")] for block in blocks]
         return random.permutation(np.concatenate([rows[:0], *blocks]).reshape(-1, self.batch)).ravel()
