@@ -113,7 +113,7 @@ ENVIRONMENT = {
 # Values below these cannot be meant, and upstream finds out with the weights in memory.
 AT_LEAST = {
     **dict.fromkeys(("max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "lora_r"), 1),
-    **dict.fromkeys(("gradient_accumulation_steps", "dataset_num_proc"), 1),
+    **dict.fromkeys(("gradient_accumulation_steps", "global_batch_size", "dataset_num_proc"), 1),
     **dict.fromkeys(("learning_rate", "seed", "data_seed", "warmup_steps", "max_grad_norm", "num_train_epochs"), 0),
 }
 

@@ -848,7 +848,8 @@ def arguments(tiny_model, tmp_path, name, data, **values):
     path = tmp_path / name
     data(path) if callable(data) else path.write_bytes(data)
     common = {"model_name_or_path": tiny_model, "dataset_name": path, "output_dir": tmp_path / "run"}
-    return settings(**{**common, "dry_run": "true", "max_length": "none", **values})
+    common |= {"dry_run": "true", "max_length": "none", "per_device_train_batch_size": 1}  # some data are one row
+    return settings(**{**common, **values})
 
 
 def refusal(argv, capsys):

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARES, losses, settings, write_jsonl
@@ -18,6 +19,7 @@ from trl import SFTTrainer
 
 from open_r1.chat import CHATML
 from open_r1.sft import main
+from open_r1.trainer import Order
 
 
 def weights(path):
@@ -61,7 +63,7 @@ def test_trains_evaluates_and_saves_a_model_that_serves(tiny_model, chat_file, t
 
 
 class TestParityWithStockTrl:
-    """The same rows in the same order give the same losses as TRL's own preparation."""
+    """The same rows in the same order give the same losses as TRL's own preparation and sampler."""
 
     def stock(self, tiny_model, rows, out, **values):
         tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -80,6 +82,7 @@ class TestParityWithStockTrl:
             eos_token="<|im_end|>",
             save_strategy="no",
             report_to="none",
+            train_sampling_strategy="sequential",
             **values,
         )
         model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32")
@@ -95,10 +98,21 @@ class TestParityWithStockTrl:
             output_dir=tmp_path / "ours",
             max_steps=10,
             per_device_train_batch_size=4,
-            **values,
+            **{"train_sampling_strategy": "sequential", **values},
         )
         assert main(argv) == 0
         return losses(tmp_path / "ours")
+
+    def test_rows_laid_out_in_our_order(self, tiny_model, conversations, tmp_path):
+        drawn = Order(np.ones(len(conversations)), 42, 4, "random", longest_first=False).rows(0, 40).tolist()
+        assert drawn != sorted(drawn)
+        rows = [conversations[row] for row in drawn]
+        theirs = self.stock(tiny_model, rows, tmp_path, assistant_only_loss=True)
+        ours = self.ours(
+            tiny_model, conversations, tmp_path, train_sampling_strategy="random", longest_first=False, seed=42
+        )
+        assert len(ours) == len(theirs) == 10
+        assert ours == pytest.approx(theirs, abs=1e-5)
 
     @pytest.mark.parametrize("packing", [False, True])
     def test_messages(self, tiny_model, conversations, tmp_path, packing):
@@ -446,6 +460,9 @@ def test_two_processes_train_on_a_mixture_as_one_does(tiny_model, five, tmp_path
     for key, count in (("loss", 6), ("eval_loss", 3)):  # one more behind the save
         assert len(losses(tmp_path / "two", key)) == count
         assert losses(tmp_path / "two", key) == pytest.approx(losses(tmp_path / "one", key), abs=1e-4)
+    two, one = ((tmp_path / name / "order.jsonl").read_text() for name in ("two", "one"))
+    assert two == one
+    assert [json.loads(line)["step"] for line in two.splitlines()] == [1, 2, 3, 4, 5, 6]
 
 
 def test_help_is_five_times_faster_than_that_of_trl():

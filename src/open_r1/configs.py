@@ -299,6 +299,20 @@ class SFTConfig(trl.SFTConfig):
         default=None,
         metadata={"help": "Stop when more than this share of the answers loses its end to max_length."},
     )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of an optimiser step, over all processes; gradient_accumulation_steps follows from it, from "
+            "per_device_train_batch_size and from the number of processes."
+        },
+    )
+    longest_first: bool | None = field(
+        default=None,
+        metadata={
+            "help": "The two global batches of the first epoch with the longest rows come in steps one and two, so "
+            "that memory runs out at once or not at all. Default: on, unless packing is on or rows are sequential."
+        },
+    )
     chat_template: str | None = field(
         default=None,
         metadata={
@@ -369,7 +383,16 @@ class SFTConfig(trl.SFTConfig):
             raise ValueError("eval_packing without packing would let documents see each other; set both, or neither")
         if self.packing and self.max_length is None:
             raise ValueError("packing needs a max_length: the number of tokens in a packed row")
+        if self.global_batch_size is not None:  # before super, which tells DeepSpeed how many steps accumulate
+            launched = int(os.environ.get("WORLD_SIZE", "1"))
+            each = self.per_device_train_batch_size
+            self.gradient_accumulation_steps = accumulation_steps(self.global_batch_size, each, launched)
         super().__post_init__()
+        if self.global_batch_size is not None and self.n_gpu > 1:
+            raise ValueError(
+                f"global_batch_size: one process was started for {self.n_gpu} GPUs; start one for each with "
+                "accelerate launch, or choose a GPU with CUDA_VISIBLE_DEVICES"
+            )
 
     def _settle_precision(self) -> None:
         """One precision, said once: the recipe's; else the launch config's; else bf16 where the hardware has it."""
@@ -404,6 +427,27 @@ class ModelConfig(trl.ModelConfig):
         # TRL unwraps a list of one, and PEFT then reads a lone module name as a regular expression that matches none.
         if isinstance(targets, list) and len(targets) == 1 and targets[0].isidentifier():
             self.lora_target_modules = targets
+
+
+def accumulation_steps(size: int, each: int, processes: int) -> int:
+    """Batches of `each` rows that each of so many processes takes for an optimiser step of `size` rows.
+
+    Raises `ValueError` when that is no whole number, with the nearest sizes that are and the batches that would fit.
+    """
+    at_once = each * processes
+    if size >= at_once and size % at_once == 0:
+        return size // at_once
+    below = size // at_once * at_once
+    sizes = " or ".join(str(good) for good in (below, below + at_once) if good)
+    share, rest = divmod(size, processes)
+    fitting = [batch for batch in range(1, share + 1) if rest == 0 and share % batch == 0]
+    nearest = sorted(sorted(fitting, key=lambda batch: abs(batch - each))[:6])
+    or_batch = f", or per_device_train_batch_size: {' or '.join(map(str, nearest))}" if nearest else ""
+    raise ValueError(
+        f"global_batch_size: {size} rows cannot be dealt out to {processes} process{'es' if processes > 1 else ''} in "
+        f"batches of {each} (per_device_train_batch_size), which are {at_once} rows at once; set global_batch_size: "
+        f"{sizes}{or_batch}"
+    )
 
 
 def bf16_hardware(use_cpu: bool) -> bool:

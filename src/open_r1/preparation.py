@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
@@ -42,7 +43,8 @@ class Part:
     from 0 in that source's table). Packed, `source` and `row` are lists with a value for each document of the pack,
     and there are `seq_lengths`. `unpacked` are the same before packing. `ledger` says how they came about, `rejected`
     names the rows that were dropped: `part`, `source`, `row`, `place` and `reason`, with an `excerpt` of bad ones.
-    `tables` are what they were chosen from, one a source. `key` is equal for equal rows in equal order.
+    `tables` are what they were chosen from, one a source. `lengths` are the tokens of each of `rows`. `key` is equal
+    for equal rows in equal order.
     """
 
     rows: Dataset
@@ -51,6 +53,7 @@ class Part:
     ledger: ledger.Entry
     rejected: list[dict[str, Any]]
     tables: list["Tokenized"]
+    lengths: np.ndarray
     key: str
 
 
@@ -265,8 +268,9 @@ def assemble(
     closed["total"]["duplicates"] = len(np.unique(places)) - len(np.unique(digests[places]))
     if packing:
         ledger.add_packing(closed, made, batch, args.max_length, args.packing_strategy)
+        lengths = pc.list_value_length(made.data.column("input_ids")).to_numpy()
     key = hashlib.sha256(digests[places].tobytes()).hexdigest()[:32]
-    return Part(made, unpacked, names, closed, rejected, tables, key)
+    return Part(made, unpacked, names, closed, rejected, tables, lengths, key)
 
 
 def rejections(part: str, table: Tokenized, drawn: np.ndarray) -> list[dict[str, Any]]:

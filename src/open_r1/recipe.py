@@ -300,6 +300,7 @@ def contradictions(recipe: Recipe) -> list[str]:
     steps, warm = values.get("max_steps", -1), values.get("warmup_steps", 0)
     if all(isinstance(number, (int, float)) for number in (steps, warm)) and 0 < steps <= warm:
         recipe.notes.append(f"{origin['warmup_steps']}: all of max_steps {steps} is warm-up (warmup_steps {warm})")
+    found += contradictions_of_batches(recipe)
     if values.get("packing") and values.get("max_length", 1) is None:
         found.append(f"{origin['max_length']}: packing needs max_length, the number of tokens in a packed row")
     if values.get("eval_packing") and not values.get("packing"):
@@ -308,4 +309,33 @@ def contradictions(recipe: Recipe) -> list[str]:
         found.append(f"{origin['assistant_only_loss']}: assistant_only_loss and supervision: full; keep supervision")
     if "push_to_hub_revision" in (values.get("callbacks") or []) and not values.get("hub_model_id"):
         found.append(f"{origin['callbacks']}: push_to_hub_revision needs hub_model_id, the repository to push to")
+    return found
+
+
+def contradictions_of_batches(recipe: Recipe) -> list[str]:
+    """Settings of which rows make a step that are each fine and cannot be meant together, or not here."""
+    values, origin = recipe.values, recipe.origin
+    found: list[str] = []
+    size, steps = values.get("global_batch_size"), values.get("gradient_accumulation_steps")
+    each = values.get("per_device_train_batch_size", SCHEMA["properties"]["per_device_train_batch_size"]["default"])
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if all(isinstance(number, int) for number in (size, steps, each)) and size != steps * each * processes:
+        found.append(
+            f"{origin['global_batch_size']}: global_batch_size {size} is not gradient_accumulation_steps {steps} "
+            f"({origin['gradient_accumulation_steps']}) x per_device_train_batch_size {each} x {processes} processes; "
+            "keep global_batch_size, from which gradient_accumulation_steps follows"
+        )
+    if size is not None and values.get("auto_find_batch_size"):
+        found.append(f"{origin['auto_find_batch_size']}: auto_find_batch_size changes global_batch_size; keep one")
+    if values.get("train_sampling_strategy") == "batch_rebalance":
+        found.append(
+            f"{origin['train_sampling_strategy']}: batch_rebalance makes the order of rows depend on the number of "
+            "processes; use group_by_length"
+        )
+    shared = values.get("accelerator_config")
+    if isinstance(shared, dict) and shared.get("split_batches"):
+        found.append(
+            f"{origin['accelerator_config']}: split_batches deals a batch out to all processes; leave it out and set "
+            "global_batch_size"
+        )
     return found

@@ -54,7 +54,6 @@ def run(recipe: Recipe) -> int:
     checkpoint = checkpoint_to_resume(output_dir, recipe.values.get("resume_from_checkpoint"))
 
     from transformers import set_seed
-    from trl import SFTTrainer
 
     from open_r1 import ledger, preflight
     from open_r1.callbacks import get_callbacks, ready_branch
@@ -62,7 +61,7 @@ def run(recipe: Recipe) -> int:
     from open_r1.model import adapter_config, check_model, get_model
     from open_r1.preparation import prepare
     from open_r1.report import after_saving, end, restore, summarize, train
-    from open_r1.trainer import tell_libraries, trainer_arguments
+    from open_r1.trainer import OrderedTrainer, order_of, tell_libraries, trainer_arguments
 
     script_args, training_args, model_args = build_configs(recipe)
     tell_libraries(training_args)
@@ -72,6 +71,7 @@ def run(recipe: Recipe) -> int:
 
     tokenizer = get_tokenizer(model_args, training_args)
     prepared = prepare(script_args, training_args, tokenizer)
+    order = order_of(prepared.train, training_args)
 
     findings, plan = preflight.check(training_args, model_args, tokenizer, prepared)
     if training_args.dry_run:
@@ -85,7 +85,9 @@ def run(recipe: Recipe) -> int:
         ledger.write(output_dir, {name: part.ledger for name, part in prepared.parts.items()})
     trained = at_last_step(checkpoint)
     model = get_model(model_args, training_args, tokenizer, weights=checkpoint if trained else None)
-    trainer = SFTTrainer(
+    trainer = OrderedTrainer(
+        order=order,
+        data=prepared.train.key,
         model=model,
         args=trainer_arguments(training_args),
         train_dataset=prepared.train.rows,

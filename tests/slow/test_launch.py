@@ -81,6 +81,7 @@ def test_killed_and_started_again_it_is_the_same_run(config, packing, tiny_model
             dataset_name=chat_file,
             output_dir=out,
             packing=packing,
+            dataset_max_samples=50,  # several epochs, so that most kills are in a later one
             max_steps=40,
             save_steps=5,
             save_total_limit=3,
@@ -108,6 +109,7 @@ def test_killed_and_started_again_it_is_the_same_run(config, packing, tiny_model
     assert "resuming from" in run(config, argv(torn))
     assert losses(torn) == losses(tmp_path / "whole")
     assert len(losses(torn)) == 40
+    assert (torn / "order.jsonl").read_text() == (tmp_path / "whole" / "order.jsonl").read_text()
     one, two = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "whole", torn))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
