@@ -843,6 +843,12 @@ SPELLED = {  # control tokens in contents, and what is learnt
 }
 
 
+@pytest.fixture(autouse=True)
+def no_memory_plan(monkeypatch):
+    """What a step takes does not depend on hostile data, and is found out in a second."""
+    monkeypatch.setattr("open_r1.preflight.plan_memory", lambda *_: {"total": 0})
+
+
 def arguments(tiny_model, tmp_path, name, data, **values):
     """Write a data file; returns the command line of a dry run on it."""
     path = tmp_path / name

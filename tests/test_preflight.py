@@ -84,11 +84,12 @@ def test_eos_that_nothing_learns(checked, tmp_path, tokenizer):
     code, findings, _ = checked(dataset_name=path)
     assert code == 0
     found(findings, "warning", "EOS (<|im_end|>) is in the labels of none of 9 rows")
-    code, findings, _ = checked(max_length=4)  # no answer has its end
+    long = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "word " * 99}]}] * 9
+    code, findings, _ = checked(dataset_name=write_jsonl(tmp_path / "long.jsonl", long), max_length=48)
     assert code == 1
-    found(findings, "error", "EOS (<|im_end|>) is in the labels of none of 200 rows")
+    assert any("EOS (<|im_end|>) is in the labels of none of 9 rows" in text for _, text, _ in findings)
     rows[0]["labels"] = rows[0]["input_ids"]
-    assert checked(dataset_name=write_jsonl(path, rows))[:2] == (0, [])
+    assert checked(dataset_name=write_jsonl(path, rows * 9))[:2] == (0, [])
 
 
 def test_two_bos(checked, model, tmp_path):

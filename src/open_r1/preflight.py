@@ -336,7 +336,7 @@ def plan_of(
     """What the run comes to: rows, tokens, steps, parameters, checkpoints and their size in bytes."""
     total, rows = prepared.train.ledger["total"], len(prepared.train.rows)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    per_epoch = max(1, math.ceil(rows / batch))
+    per_epoch = max(1, rows // batch)  # what is left over begins the next epoch
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     plan: dict[str, Any] = {
         "rows": total["trained"],
