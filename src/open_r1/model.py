@@ -94,6 +94,7 @@ def get_model(
         raise UserError(
             f"{base or name}: the weights cannot be loaded: {' '.join(str(error).split())[:300]}"
         ) from error
+    settle_generation(model)
     if tokenizer is not None:
         fit_vocabulary(model, tokenizer)
     if base is None:
@@ -105,6 +106,28 @@ def get_model(
     settings = model.peft_config["default"]
     logger.info("training goes on from the adapter %s on %s; its own r=%d and targets hold", name, base, settings.r)
     return model
+
+
+def settle_generation(model: PreTrainedModel) -> None:
+    """Make a generation config valid whose temperature and the like came without `do_sample`, which they mean.
+
+    transformers refuses to save such a model, and would only do so after training. Raises `UserError` for any other
+    generation config that cannot be saved.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        sampled, settings.do_sample = settings.do_sample, True
+        try:
+            settings.validate(strict=True)
+        except ValueError:
+            settings.do_sample = sampled
+            text = " ".join(str(error).split())[:300]
+            raise UserError(f"the model's generation_config.json cannot be saved again: {text}; mend it") from error
+        logger.warning("the model's generation_config.json samples without do_sample: true, which is saved with it")
 
 
 def adapter_base(name: str) -> str | None:
