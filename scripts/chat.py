@@ -96,7 +96,7 @@ def questions() -> Iterator[str]:
 def answer(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", ids: Any, options: dict[str, Any]
 ) -> tuple[str, bool]:
-    """Print the answer to the token ids [1, length] while it is written; returns it, and whether it came to its end."""
+    """Print the answer to token ids [1, length] while it is written; returns it, and whether it came to its end."""
     import torch
     from transformers import TextStreamer
 

@@ -140,9 +140,9 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase") -> "torch.Tensor":
     if not tokenizer.chat_template:
         return tokenizer(QUESTION, return_tensors="pt")["input_ids"]
     messages = [{"role": "user", "content": QUESTION}]
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )["input_ids"]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")[
+        "input_ids"
+    ]
 
 
 def logits(model: "PreTrainedModel", ids: "torch.Tensor") -> "torch.Tensor":

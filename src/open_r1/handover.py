@@ -7,7 +7,7 @@ Weights are looked at through the headers of their files and read one piece at a
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -133,7 +133,9 @@ def check_tokenizer(path: Path, trust_remote_code: bool) -> tuple[PreTrainedToke
         return None, [Finding("error", f"{path}: the tokenizer has no vocabulary (tokenizer.json is missing)", remedy)]
     findings = []
     if tokenizer.eos_token_id is None:
-        findings.append(Finding("error", f"{path}: the tokenizer has no EOS", "set eos_token in tokenizer_config.json"))
+        findings.append(
+            Finding("error", f"{path}: the tokenizer has no EOS", "set eos_token in tokenizer_config.json")
+        )
     if not tokenizer.chat_template:
         remedy = "save the template of training as chat_template.jinja there, or set chat_template in the recipe"
         findings.append(Finding("error", f"{path}: the tokenizer has no chat template", remedy))
@@ -168,7 +170,8 @@ def headers(path: Path, stem: str) -> tuple[Headers, list[Finding]]:
             continue
         try:
             with safe_open(file, "pt") as opened:
-                found |= {name: Header(file, tuple(opened.get_slice(name).get_shape())) for name in opened.keys()}
+                names = opened.keys()
+                found |= {name: Header(file, tuple(opened.get_slice(name).get_shape())) for name in names}
         except (SafetensorError, OSError) as error:
             text = f"{file}: cannot be read, it is cut short or broken: {short(error)}"
             findings.append(Finding("error", text, SAVE_AGAIN))
@@ -240,9 +243,8 @@ def check_values(tensors: Headers) -> tuple[set[str], list[Finding]]:
     for file in sorted({tensor.file for tensor in tensors.values()}):
         try:
             with safe_open(file, "pt") as opened:
-                for name in opened.keys():
-                    if name not in empty and not finite(opened.get_slice(name)):
-                        infinite.append(name)
+                names = [name for name in opened.keys() if name not in empty]  # noqa: SIM118 (it is no mapping)
+                infinite += [name for name in names if not finite(opened.get_slice(name))]
         except (SafetensorError, OSError) as error:
             findings.append(Finding("error", f"{file}: cannot be read to its end: {short(error)}", SAVE_AGAIN))
     where = next(iter(tensors.values())).file.parent
@@ -276,14 +278,14 @@ def differences(
     """Findings for tensors that are missing, not known, or of another shape (shape in the file, shape wanted)."""
     findings = []
     if missing:
-        text = f"{path}: {len(missing)} tensors of the architecture are missing: {some(missing)}"
+        text = f"{path}: tensors that the architecture has are missing: {some(missing)}"
         findings.append(Finding("error", text, f"they would be random when it is loaded; {SAVE_AGAIN}"))
     if wrong:
         name, (has, wants) = min(wrong.items())
-        text = f"{path}: {len(wrong)} tensors have another shape than config.json says: {name} is {has}, not {wants}"
+        text = f"{path}: tensors have another shape than the config says: {some(wrong)}; {name} is {has}, not {wants}"
         findings.append(Finding("error", text, "save weights and config of the same model"))
     if unexpected:
-        text = f"{path}: {len(unexpected)} tensors are not of this architecture: {some(unexpected)}"
+        text = f"{path}: tensors that the architecture does not have: {some(unexpected)}"
         findings.append(Finding("warning", text, "they are ignored when it is loaded; save the unwrapped model"))
     return findings
 
@@ -320,7 +322,7 @@ def check_stopping(
         text = f"{path}: generation stops at {tokens(tokenizer, stops)} (generation_config.json), EOS is "
         text += tokens(tokenizer, {eos})
         findings.append(Finding("error", text, f"set eos_token_id to {eos} in generation_config.json"))
-    if base is None and configured and not (configured <= stops and (eos is None or eos in configured)):
+    if base is None and configured and (configured - stops - {eos} or (eos is not None and eos not in configured)):
         text = f"{path}: config.json says that EOS is {tokens(tokenizer, configured)}, generation_config.json "
         text += f"{tokens(tokenizer, stops)}, the tokenizer {tokens(tokenizer, {eos})}"
         findings.append(Finding("error", text, "set eos_token_id of all to that which ends an answer"))
@@ -448,7 +450,7 @@ def tokens(tokenizer: PreTrainedTokenizerBase, ids: set[int]) -> str:
     return ", ".join(f"{name} ({i})" for name, i in zip(names, ids, strict=True)) or "nothing"
 
 
-def some(names: Sequence[str] | set[str], count: int = 3) -> str:
+def some(names: Collection[str], count: int = 3) -> str:
     """The first of some names, and how many more there are."""
     shown = ", ".join(islice(sorted(names), count))
     return shown + (f" and {len(names) - count} more" if len(names) > count else "")
