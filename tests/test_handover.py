@@ -246,6 +246,12 @@ class TestVerify:
         rewrite(copy, lambda tensors: tensors.pop("model.layers.0.mlp.experts.1.down_proj.weight"))
         assert "experts.down_proj is (3, 16, 8), not (4, 16, 8)" in errors(copy)[0].text
 
+    def test_quantised_weights_are_read_and_not_compared(self, copy):
+        edit(copy / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+        assert [finding.level for finding in verify(copy)] == ["note"]
+        spoil(NORM, float("nan"))(copy)
+        assert "NaN or infinite" in errors(copy)[0].text
+
     def test_what_is_odd_and_does_no_harm_is_a_warning(self, copy):
         rewrite(copy, lambda tensors: tensors.update({"_orig_mod.x": torch.ones(2)}))
         without(copy, "generation_config.json")
@@ -271,6 +277,19 @@ class TestVerify:
         monkeypatch.setattr("open_r1.handover.PIECE", 100)
         spoil(EMBEDDING, value)(copy)
         assert "NaN or infinite" in errors(copy)[0].text
+
+    @pytest.mark.parametrize(
+        "tensor",
+        [torch.tensor(float("nan")), torch.tensor([1.0, -float("inf")]).half(), torch.tensor([2.0, float("nan")])],
+        ids=["scalar", "half", "float8"],
+    )
+    def test_values_of_any_kind_are_looked_at(self, copy, tensor, request):
+        if request.node.callspec.id == "float8":
+            tensor = tensor.to(torch.float8_e4m3fn)
+        rewrite(copy, lambda tensors: tensors.update({"x.weight": tensor}))
+        assert [finding.text for finding in errors(copy)] == [f"{copy}: NaN or infinite values in x.weight"]
+        rewrite(copy, lambda tensors: tensors.update({"x.weight": torch.ones_like(tensor)}))
+        assert errors(copy) == []
 
     def test_a_model_that_never_stops_is_reported(self, copy):
         def deafen(tensors):
@@ -348,6 +367,15 @@ class TestAdapter:
         assert len(found) == 1, found
         assert message in found[0].text
         assert found[0].remedy
+
+    @pytest.mark.parametrize("values", [{"init_lora_weights": "pissa"}, {"use_rslora": True}], ids=str)
+    def test_ways_of_lora_do_not_matter(self, copy, values):
+        edit(copy / "adapter_config.json", **values)
+        assert errors(copy) == []
+
+    def test_dora_is_known(self, copy):
+        edit(copy / "adapter_config.json", use_dora=True)
+        assert "lora_magnitude_vector" in errors(copy)[0].text  # which only the vectors of DoRA are missing for
 
     def test_a_broken_base_is_named(self, copy, tiny_model, tmp_path):
         base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
@@ -563,7 +591,7 @@ class TestMerge:
         assert not (tmp_path / "merged").exists()
 
     def test_a_quantised_base_is_dequantised(self, tiny_model, ready, tmp_path, capsys):
-        pytest.importorskip("bitsandbytes")
+        bitsandbytes = pytest.importorskip("bitsandbytes")
         from open_r1.handover import with_adapter
 
         run = tmp_path / "run"
@@ -573,8 +601,11 @@ class TestMerge:
         assert "quantised as in training" in capsys.readouterr().out
         base = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=merge.quantization_of(run))
         tokenizer = AutoTokenizer.from_pretrained(run)
+        model = with_adapter(base, run, tokenizer).eval()
+        for module in model.modules():  # its fast CPU path for inference takes no matrices as small as these
+            module.training = isinstance(module, bitsandbytes.nn.Linear4bit)
         with torch.inference_mode():
-            trained = with_adapter(base, run, tokenizer).eval()(**tokenizer(QUESTION, return_tensors="pt")).logits
+            trained = model(**tokenizer(QUESTION, return_tensors="pt")).logits
         merged = self.logits(tmp_path / "merged")
         assert torch.allclose(merged, trained, atol=1e-3)
         assert not torch.allclose(merged, self.logits(run), atol=1e-3)  # on the base as it is in its files
