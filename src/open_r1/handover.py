@@ -31,7 +31,6 @@ from open_r1.errors import UserError
 from open_r1.findings import Finding, has_errors
 from open_r1.model import adapter_base, fit_vocabulary
 
-logger = logging.getLogger(__name__)
 PIECE = 2**26  # elements of a tensor that are read at once
 SAVE_AGAIN = "copy the directory again, or start the run again: it saves what its last checkpoint holds"
 Headers = dict[str, "Header"]

@@ -93,7 +93,6 @@ def verification(trainer: SFTTrainer, rows: "Dataset") -> None:
     out, trust = trainer.args.output_dir, trainer.args.trust_remote_code
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     largest = ANSWERS_ON_CPU if sharded else ANSWERS
-    deepspeed = getattr(trainer.args, "hf_deepspeed_config", None)
     unset_hf_deepspeed_config()
     try:
         findings = verify(out, trust_remote_code=trust)
@@ -105,8 +104,8 @@ def verification(trainer: SFTTrainer, rows: "Dataset") -> None:
             found = answers(out, prompts, ANSWER_TOKENS, "cpu" if sharded else trainer.args.device, trust)
             findings += [each._replace(level="warning") if each.level == "error" else each for each in found]
     finally:
-        if deepspeed is not None:
-            set_hf_deepspeed_config(deepspeed)
+        if trainer.is_deepspeed_enabled:
+            set_hf_deepspeed_config(trainer.accelerator.state.deepspeed_plugin.hf_ds_config)
     errors = [finding for finding in findings if finding.level == "error"]
     for finding in findings:
         if finding.level != "error":
