@@ -6,10 +6,12 @@ RECIPE ?= recipes/demo/sft/config_arithmetic.yaml
 ACCELERATOR ?=
 NUM_PROCESSES ?=
 ARGS ?=
+MODEL ?= data/demo/run
+OUT ?= $(MODEL)-merged
 DEMO := data/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo sft check prepare preview test test-slow quality style schema clean
+.PHONY: help install demo sft check prepare preview verify chat merge test test-slow quality style schema clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -48,6 +50,15 @@ prepare: .venv/installed ## Tokenise and pack a recipe's data on a CPU: make pre
 
 preview: .venv/installed ## Show samples with supervised tokens coloured, and write preview.html: make preview RECIPE=...
 	$(RUN) python scripts/preview.py --config $(RECIPE) $(ARGS)
+
+verify: .venv/installed ## Check that a saved model can be served: make verify MODEL=... [ARGS="--prompt TEXT"]
+	$(RUN) python scripts/verify.py $(MODEL) $(ARGS)
+
+chat: .venv/installed ## Talk to a saved model: make chat MODEL=... [ARGS="--temperature 0.6"]
+	@$(RUN) python scripts/chat.py $(MODEL) $(ARGS)
+
+merge: .venv/installed ## Merge a LoRA adapter into its base: make merge MODEL=... [OUT=...]
+	$(RUN) python scripts/merge.py $(MODEL) $(OUT) $(ARGS)
 
 test: .venv/installed ## Tests that need no GPU and no network, under 12 minutes on 2 cores
 	$(RUN) python -m pytest $(ARGS)

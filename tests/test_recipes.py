@@ -65,7 +65,7 @@ def test_a_recipe_trains_two_steps(path, tiny_model, stand_in, tmp_path, monkeyp
         "model_name_or_path": tiny_model,
         "model_revision": "main",
         "output_dir": tmp_path / "run",
-        "max_length": 256,
+        "max_length": 2048,  # the longest system prompt of a template takes more than 512 of the stand-in's tokens
         "per_device_train_batch_size": 1,
         "per_device_eval_batch_size": 8,
         "gradient_accumulation_steps": 2,
@@ -87,7 +87,6 @@ def test_a_recipe_trains_two_steps(path, tiny_model, stand_in, tmp_path, monkeyp
     else:
         replaced |= {"dataset_name": stand_in(None), "dataset_config": "none", "dataset_train_split": "train"}
         replaced["dataset_test_split"] = "train[:20]"
-    replaced["max_length"] = 512  # the longest system prompt of a template takes more than 128
     assert main(["--config", str(path), *settings(**replaced)]) == 0
     assert len(losses(tmp_path / "run")) == 2
     assert json.loads((tmp_path / "run" / "run_state.json").read_text())["global_step"] == 2

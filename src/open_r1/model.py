@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 from trl import get_peft_config, get_quantization_config
 
@@ -94,6 +100,7 @@ def get_model(
         raise UserError(
             f"{base or name}: the weights cannot be loaded: {' '.join(str(error).split())[:300]}"
         ) from error
+    settle_generation(getattr(model, "generation_config", None))
     if tokenizer is not None:
         fit_vocabulary(model, tokenizer)
     if base is None:
@@ -105,6 +112,27 @@ def get_model(
     settings = model.peft_config["default"]
     logger.info("training goes on from the adapter %s on %s; its own r=%d and targets hold", name, base, settings.r)
     return model
+
+
+def settle_generation(settings: GenerationConfig | None) -> None:
+    """Make a generation config valid whose temperature and the like came without `do_sample`, which they mean.
+
+    transformers refuses to save such a model, and would only do so after training. Raises `UserError` for any other
+    generation config that cannot be saved.
+    """
+    if settings is None:
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        sampled, settings.do_sample = settings.do_sample, True
+        try:
+            settings.validate(strict=True)
+        except ValueError:
+            settings.do_sample = sampled
+            text = " ".join(str(error).split())[:300]
+            raise UserError(f"the model's generation_config.json cannot be saved again: {text}; mend it") from error
+        logger.warning("the model's generation_config.json samples without do_sample: true, which is saved with it")
 
 
 def adapter_base(name: str) -> str | None:

@@ -7,7 +7,6 @@ import logging
 import math
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,7 @@ from open_r1.chat import end_of_turn
 from open_r1.errors import UserError
 from open_r1.findings import Finding, as_text, has_errors
 from open_r1.memory import device_memory, plan_memory
-from open_r1.model import adapter_base, adapter_config, weights_dtype
+from open_r1.model import adapter_base, adapter_config, settle_generation, weights_dtype
 from open_r1.preparation import Part, Prepared
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def check(
     plan = plan_of(model, config, training_args, model_args, prepared)
     findings = [
         *stop_token(tokenizer, training_args, prepared),
-        *generation(model_args, training_args, tokenizer),
+        *generation(model_args),
         *data(prepared, training_args),
         *context(config, model_args, training_args),
         *isolation(config, model_args, training_args),
@@ -164,24 +163,15 @@ def sample(part: Part) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(row["input_ids"], row["labels"]) for row in rows]
 
 
-def generation(model_args: "ModelConfig", args: "SFTConfig", tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
+def generation(model_args: "ModelConfig") -> Iterator[Finding]:
     """Whether the generation config can be saved at the end: transformers refuses contradictions only then."""
     name = model_args.model_name_or_path
     try:
-        config = GenerationConfig.from_pretrained(adapter_base(name) or name)
+        settle_generation(GenerationConfig.from_pretrained(adapter_base(name) or name))
     except OSError:
-        return
-    config.eos_token_id = tokenizer.eos_token_id
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            config.save_pretrained(folder)
-    except ValueError as error:
-        reason = " ".join(str(error).split())[:300]
-        yield Finding(
-            "error",
-            f"{name}: its generation_config cannot be saved: {reason}",
-            "mend generation_config.json of the model",
-        )
+        return  # it has none
+    except UserError as error:
+        yield Finding("error", str(error), "or take another model")
 
 
 def data(prepared: Prepared, args: "SFTConfig") -> Iterator[Finding]:

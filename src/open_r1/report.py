@@ -5,20 +5,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import TrainerState
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from trl import SFTTrainer
 
 from open_r1.checkpoints import publish
+from open_r1.errors import UserError
+from open_r1.findings import Finding, as_text, has_errors
+from open_r1.handover import answers, parameters, verify
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from open_r1.configs import ScriptArguments
 
 logger = logging.getLogger(__name__)
+# Parameters up to which the saved model answers prompts: on this device, or on the CPU where the weights are sharded.
+ANSWERS, ANSWERS_ON_CPU = 1_000_000_000, 200_000_000
+ANSWER_TOKENS = 64
 
 
 def train(trainer: SFTTrainer, checkpoint: str | None) -> None:
     """Train, from a checkpoint where there is one, and save model, state and metrics before anything else."""
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model(trainer.args.output_dir, _internal_call=True)  # without pushing: that comes last
+    save_stops(trainer)
     trainer.save_state()
     trainer.save_metrics("train", metrics)
 
@@ -29,11 +39,22 @@ def restore(trainer: SFTTrainer, checkpoint: str) -> None:
     trainer.state.is_world_process_zero = trainer.is_world_process_zero()
     if trainer.is_world_process_zero():
         publish(checkpoint, trainer.args.output_dir)
+    save_stops(trainer)
     trainer.save_state()
 
 
-def after_saving(trainer: SFTTrainer, script_args: "ScriptArguments", evaluate: bool) -> bool:
-    """Evaluate, write the card, push: none can lose the model any more. Returns whether one of them failed."""
+def save_stops(trainer: SFTTrainer) -> None:
+    """Save the generation config beside an adapter, which PEFT does not: it says where answers stop."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_world_process_zero() and hasattr(model, "peft_config"):
+        model.generation_config.save_pretrained(trainer.args.output_dir)
+
+
+def after_saving(trainer: SFTTrainer, script_args: "ScriptArguments", rows: "Dataset", evaluate: bool) -> bool:
+    """Evaluate, write the card, verify what was saved, push: none can lose the model any more.
+
+    `rows` are the unpacked training rows. Returns whether one of them failed; what is found wrong is still pushed.
+    """
     about = {
         "dataset_name": [source.id or source.data_files for source in script_args.sources],
         "tags": ["open-r1"],
@@ -45,16 +66,62 @@ def after_saving(trainer: SFTTrainer, script_args: "ScriptArguments", evaluate: 
 
     steps = {"evaluation": evaluation} if evaluate else {}
     steps["model card"] = lambda: trainer.create_model_card(**about)
+    steps["verification"] = lambda: verification(trainer, rows)
     if trainer.args.push_to_hub:
         steps["push"] = lambda: trainer.push_to_hub(**about)
     failed = False
     for name, step in steps.items():
         try:
             step()
+        except UserError as error:
+            failed = True
+            logger.error("%s failed:\n%s", name, error)
         except Exception:
             failed = True
             logger.exception("%s failed; the trained model is safe in %s", name, trainer.args.output_dir)
     return failed
+
+
+def verification(trainer: SFTTrainer, rows: "Dataset") -> None:
+    """Verify the saved model, on the main process. Raises `UserError` with what makes it unfit to be handed over.
+
+    It is read from disk, on its own: transformers would spread it over all ranks as long as it knows of ZeRO-3. Short
+    training may not teach to stop and answers may be long, so that answers without an end are only a warning.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    out, trust = trainer.args.output_dir, trainer.args.trust_remote_code
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    largest = ANSWERS_ON_CPU if sharded else ANSWERS
+    unset_hf_deepspeed_config()
+    try:
+        findings = verify(out, trust_remote_code=trust)
+        prompts = [] if has_errors(findings) else prompts_of(rows)
+        if prompts and parameters(out, trust) >= largest:
+            text = f"no prompt was answered: that is done below {largest / 1e6:,.0f}M parameters here"
+            findings.append(Finding("note", text, f"python scripts/verify.py {out} --prompt ..."))
+        elif prompts:
+            found = answers(out, prompts, ANSWER_TOKENS, "cpu" if sharded else trainer.args.device, trust)
+            findings += [each._replace(level="warning") if each.level == "error" else each for each in found]
+    finally:
+        if trainer.is_deepspeed_enabled:
+            set_hf_deepspeed_config(trainer.accelerator.state.deepspeed_plugin.hf_ds_config)
+    errors = [finding for finding in findings if finding.level == "error"]
+    for finding in findings:
+        if finding.level != "error":
+            logger.log(logging.INFO if finding.level == "note" else logging.WARNING, as_text([finding])[8:])
+    if errors:
+        raise UserError(as_text(errors))
+
+
+def prompts_of(rows: "Dataset", count: int = 2, longest: int = 512) -> list[list[int]]:
+    """Token ids of a few prompts of training rows: what stands before the first thing that the model says."""
+    prompts = []
+    for row in rows.select(range(min(100, len(rows)))):
+        start = next((at for at, label in enumerate(row["labels"]) if label != -100), 0)
+        if 0 < start <= longest and len(prompts) < count:
+            prompts.append(list(row["input_ids"][:start]))
+    return prompts
 
 
 def summarize(trainer: SFTTrainer) -> None:

@@ -3,8 +3,8 @@
     accelerate launch --config_file recipes/accelerate_configs/zero3.yaml src/open_r1/sft.py --config recipe.yaml
 
 Any key of the recipe can be overridden behind it (`--learning_rate 1e-5`); `--help` lists them all. Started again, a
-run goes on from the last complete checkpoint in its output_dir. Exit code 0: trained and saved; 1: something failed;
-2: the recipe, the data or the model needs mending, the message says how.
+run goes on from the last complete checkpoint in its output_dir. Exit code 0: trained, saved and verified; 1: something
+failed; 2: the recipe, the data or the model needs mending, the message says how.
 """
 
 import atexit
@@ -100,7 +100,7 @@ def run(recipe: Recipe) -> int:
         restore(trainer, checkpoint)
     else:
         train(trainer, checkpoint)
-    failed = after_saving(trainer, script_args, evaluate=prepared.eval is not None)
+    failed = after_saving(trainer, script_args, prepared.train.unpacked, evaluate=prepared.eval is not None)
     if trainer.is_world_process_zero():
         if not failed:
             record(output_dir, "complete", trainer.state.global_step, settings, prepared.train.key)
