@@ -1,22 +1,25 @@
 """What follows training: evaluation, model card, upload, and the summary. The model is saved before any of it."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerState
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from trl import SFTTrainer
 
+from open_r1.card import write_manifest
 from open_r1.checkpoints import publish
 from open_r1.errors import UserError
 from open_r1.findings import Finding, as_text, has_errors
 from open_r1.handover import answers, parameters, verify
+from open_r1.recipe import Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from open_r1.configs import ScriptArguments
+    from open_r1.preparation import Prepared
 
 logger = logging.getLogger(__name__)
 # Parameters up to which the saved model answers prompts: on this device, or on the CPU where the weights are sharded.
@@ -50,25 +53,23 @@ def save_stops(trainer: SFTTrainer) -> None:
         model.generation_config.save_pretrained(trainer.args.output_dir)
 
 
-def after_saving(trainer: SFTTrainer, script_args: "ScriptArguments", rows: "Dataset", evaluate: bool) -> bool:
-    """Evaluate, write the card, verify what was saved, push: none can lose the model any more.
+def after_saving(trainer: SFTTrainer, recipe: Recipe, prepared: "Prepared") -> bool:
+    """Evaluate, write manifest and card, verify what was saved, push: none can lose the model any more.
 
-    `rows` are the unpacked training rows. Returns whether one of them failed; what is found wrong is still pushed.
+    Returns whether one of them failed; what is found wrong is still pushed.
     """
-    about = {
-        "dataset_name": [source.id or source.data_files for source in script_args.sources],
-        "tags": ["open-r1"],
-    }
 
     def evaluation() -> None:
         trainer.save_metrics("eval", trainer.evaluate())
         trainer.save_state()
 
-    steps = {"evaluation": evaluation} if evaluate else {}
-    steps["model card"] = lambda: trainer.create_model_card(**about)
-    steps["verification"] = lambda: verification(trainer, rows)
+    steps: dict[str, Callable[[], Any]] = {"evaluation": evaluation} if prepared.eval is not None else {}
+    if trainer.is_world_process_zero():
+        steps["manifest"] = lambda: write_manifest(trainer, recipe, prepared)
+    steps["model card"] = trainer.create_model_card
+    steps["verification"] = lambda: verification(trainer, prepared.train.unpacked)
     if trainer.args.push_to_hub:
-        steps["push"] = lambda: trainer.push_to_hub(**about)
+        steps["push"] = trainer.push_to_hub
     failed = False
     for name, step in steps.items():
         try:

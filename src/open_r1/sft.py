@@ -100,7 +100,7 @@ def run(recipe: Recipe) -> int:
         restore(trainer, checkpoint)
     else:
         train(trainer, checkpoint)
-    failed = after_saving(trainer, script_args, prepared.train.unpacked, evaluate=prepared.eval is not None)
+    failed = after_saving(trainer, recipe, prepared)
     if trainer.is_world_process_zero():
         if not failed:
             record(output_dir, "complete", trainer.state.global_step, settings, prepared.train.key)

@@ -20,6 +20,7 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import SFTTrainer
 
+from open_r1.card import write_card
 from open_r1.errors import UserError
 
 if TYPE_CHECKING:
@@ -191,6 +192,11 @@ class OrderedTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         self.order = order
         self.add_callback(OrderLog(order, data))
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Write the model card from the run's manifest, also where upstream would write its own over it."""
+        if self.is_world_process_zero() and Path(self.args.output_dir, "manifest.json").exists():
+            write_card(self.args.output_dir)
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Order:
         """The order, of as many rows a step as the trainer takes: auto_find_batch_size makes them fewer."""

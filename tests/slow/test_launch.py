@@ -174,3 +174,32 @@ def test_a_second_start_while_the_first_prepares_does_the_work_once(tiny_model, 
     assert [process.returncode for process in started] == [0, 0]
     assert sum("Tokenizing" in output for output in outputs) <= 1
     assert losses(tmp_path / "0") == losses(tmp_path / "1")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "train_results.json", "README.md"])
+def test_killed_during_the_final_save_the_next_start_finishes_it(file, tiny_model, chat_file, tmp_path):
+    def argv(out):
+        return settings(
+            model_name_or_path=tiny_model, dataset_name=chat_file, output_dir=out, max_steps=6, save_steps=3
+        )
+
+    run(None, argv(tmp_path / "whole"))
+    torn = tmp_path / "torn"
+    with subprocess.Popen(
+        command(None, argv(torn)),
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        while not (torn / file).exists() and process.poll() is None:
+            pass
+        os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    run(None, argv(torn))
+    assert json.loads((torn / "run_state.json").read_text())["status"] == "complete"
+    one, two = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "whole", torn))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert (torn / "checkpoint-6" / "optimizer.pt").exists()
+    assert losses(torn) == losses(tmp_path / "whole")
