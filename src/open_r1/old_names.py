@@ -22,6 +22,8 @@ RENAMED = {
     "eval_data_path": "eval_dataset_name",
     "dataset_mixer": "dataset_mixture",
     "file_name": "dataset_data_files",
+    "preprocessing_num_workers": "dataset_num_proc",
+    "use_flash_attention_2": "attn_implementation",
 }
 # ROLL's names for the columns of a flat table, and the part of dataset_mapping that each is.
 COLUMN_KEYS = {
@@ -43,6 +45,7 @@ GONE = {
 }
 OLD_VALUES = {
     "packing_strategy": {"ffd": "bfd", "bfd-requeue": "bfd_split"},
+    "attn_implementation": {True: "flash_attention_2", False: None},
     "train_sampling_strategy": {True: "group_by_length", False: "random"},
 }
 # Preparation switches of the older stack: the chat template now says which tokens are added.

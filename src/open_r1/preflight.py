@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import init_empty_weights
 from peft import get_peft_model
+from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -28,7 +29,7 @@ from transformers import (
 
 from open_r1.chat import end_of_turn
 from open_r1.errors import UserError
-from open_r1.findings import Finding, as_text, has_errors
+from open_r1.findings import LEVELS, Finding, as_text, has_errors
 from open_r1.memory import device_memory, plan_memory
 from open_r1.model import adapter_base, adapter_config, settle_generation, weights_dtype
 from open_r1.preparation import Part, Prepared
@@ -37,9 +38,10 @@ if TYPE_CHECKING:
     from open_r1.configs import ModelConfig, SFTConfig
 
 logger = logging.getLogger(__name__)
+COLOURS = {"error": "bold red", "warning": "yellow", "note": "dim"}
 HEADROOM = 0.92  # of a GPU's memory that a run may plan with: the rest is CUDA's and fragmentation
 LOOKED_AT = 200  # rows of each part
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Models whose layers carry a state from token to token: nothing keeps packed documents apart in them.
 STATEFUL = re.compile(
     r"mamba|rwkv|recurrent|lfm2|bamba|jamba|zamba|qwen3_next|qwen3_5|kimi_linear|nemotron_h|falcon_h1"
@@ -76,7 +78,7 @@ def check(
     ]
     if training_args.dry_run and not has_errors(findings):
         findings += memory(plan, config, tokenizer, model_args, training_args, prepared)
-    return findings, plan
+    return sorted(findings, key=lambda finding: LEVELS.index(finding.level)), plan
 
 
 def config_of(model_args: "ModelConfig", training_args: "SFTConfig") -> PretrainedConfig:
@@ -345,7 +347,8 @@ def plan_of(
         sizes = {name: (each.numel(), each.requires_grad) for name, each in model.named_parameters()}
         plan["parameters"] = sum(count for count, _ in sizes.values())
         plan["trained_parameters"] = sum(count for count, trained in sizes.values() if trained)
-        plan["dtype"] = weights_dtype(model_args, args)
+        dtype = weights_dtype(model_args, args)
+        plan["dtype"] = str(config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
         plan["checkpoints"] = kept_checkpoints(args, steps, per_epoch)
         plan["checkpoint_bytes"] = checkpoint_bytes(plan, model_args, args)
         plan["disk_bytes"] = plan["checkpoint_bytes"] * plan["checkpoints"] + model_bytes(plan, model_args)
@@ -446,7 +449,11 @@ def report(findings: list[Finding], plan: dict[str, Any], as_json: bool) -> int:
         print(json.dumps({"findings": [finding._asdict() for finding in findings], "plan": plan}, indent=1))
     else:
         verdict = "this recipe cannot be run" if failed else "checked: this recipe can be run; nothing was trained"
-        print(f"\n{plan_text(plan)}\n", as_text(findings), verdict, sep="\n" if findings else "")
+        console = Console(soft_wrap=True, highlight=False, emoji=False, markup=False)
+        console.print(f"\n{plan_text(plan)}\n")
+        for finding in findings:
+            console.print(as_text([finding]), style=COLOURS[finding.level])
+        console.print(verdict, style="bold")
     return int(failed)
 
 
