@@ -108,7 +108,7 @@ model_revision: main
 torch_dtype: bfloat16
 attn_implementation: sdpa
 chat_template: "{{% for message in messages %}}{{{{ '<|im_start|>' + message['role'] + '\n' + message['content']
-  + '<|im_end|>' + '\n' }}}}{{% endfor %}}
+  + '<|im_end|>' + '\n' }}}}{{% endfor %}}\
   {{% if add_generation_prompt %}}{{{{ '<|im_start|>assistant\n' }}}}{{% endif %}}"
 dataset_name: {data}
 dataset_num_proc: 1
