@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from open_r1.chat import end_of_turn
 from open_r1.errors import UserError
@@ -63,6 +64,18 @@ def check(
     training_args: "SFTConfig", model_args: "ModelConfig", tokenizer: PreTrainedTokenizerBase, prepared: Prepared
 ) -> tuple[list[Finding], dict[str, Any]]:
     """What is wrong or worth knowing about a run, and its plan. Loads no weights."""
+    unset_hf_deepspeed_config()  # else transformers builds every model in shards
+    try:
+        return look(training_args, model_args, tokenizer, prepared)
+    finally:
+        if training_args.deepspeed_plugin is not None:
+            training_args.deepspeed_plugin.set_deepspeed_weakref()
+
+
+def look(
+    training_args: "SFTConfig", model_args: "ModelConfig", tokenizer: PreTrainedTokenizerBase, prepared: Prepared
+) -> tuple[list[Finding], dict[str, Any]]:
+    """Findings, errors first, and the plan."""
     config = config_of(model_args, training_args)
     model = skeleton(config, model_args, training_args, tokenizer)
     plan = plan_of(model, config, training_args, model_args, prepared)
