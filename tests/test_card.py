@@ -26,7 +26,7 @@ def run(tiny_model, five, tmp_path_factory):
         learning_rate=2e-3,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_TOKEN", "hf_canarycanarycanary")
+        patch.setenv("HF_TOKEN", "hf_canarycanarycanarycanarycanary0123")
         patch.setenv("WANDB_API_KEY", "canary0123456789")
         assert main(argv) == 0
     return out

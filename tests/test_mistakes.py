@@ -80,8 +80,8 @@ OTHERS = {
     "env: {LD_PRELOAD: evil.so}": "env.LD_PRELOAD is not a setting",
     "env: {PATH: /tmp}": "env.PATH is not a setting",
     "env: {HTTPS_PROXY: evil}": "env.HTTPS_PROXY is not a setting",
-    "hub_token: hf_abcdefghijklmnop": "hub_token holds a token or a password",
-    "run_name: hf_abcdefghijklmnop": "run_name holds a token or a password",
+    "hub_token: hf_abcdefghijklmnopABCDEFGHIJKLMN0123": "hub_token holds a token or a password",
+    "run_name: hf_abcdefghijklmnopABCDEFGHIJKLMN0123": "run_name holds a token or a password",
     "model_init_kwargs: {token: abc}": "model_init_kwargs.token holds a token or a password",
 }
 

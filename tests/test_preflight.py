@@ -129,14 +129,21 @@ def test_everything_supervised(checked, tmp_path):
 
 def test_a_context_that_is_too_short(checked, model):
     config = AutoConfig.from_pretrained(model)
-    config.max_position_embeddings = 256
+    config.max_position_embeddings = 64
     config.save_pretrained(model)
     code, findings, _ = checked(model_name_or_path=model)
     assert code == 1
-    found(findings, "error", "max_length 512 is more than the 256 positions")
-    assert checked(model_name_or_path=model, max_length=256)[0] == 0
-    more = {"max_position_embeddings": 512}
-    assert checked(model_name_or_path=model, model_init_kwargs=more)[0] == 0
+    found(findings, "error", "tokens are longer than the 64 positions of")
+    assert checked(model_name_or_path=model, max_length=64)[0] == 0
+    assert checked(model_name_or_path=model, model_init_kwargs={"max_position_embeddings": 512})[0] == 0
+    config.rope_parameters = {
+        **config.rope_parameters,
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+    }
+    config.save_pretrained(model)
+    assert checked(model_name_or_path=model)[0] == 0
 
 
 def test_a_generation_config_that_cannot_be_saved(checked, model):

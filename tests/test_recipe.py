@@ -297,3 +297,10 @@ def test_a_recipe_written_out_is_the_same_recipe(recipe, tmp_path, capsys):
         recipe("seed: 3\n", "--show_recipe")
     assert stop.value.code == 0
     assert "seed: 3  # " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["/models/hf_checkpoints/llama", "data/hf_finetune_run1", "org/sk-wikipedia-2024-instructions-v1"]
+)
+def test_names_are_no_secrets(recipe, name):
+    assert recipe(f"output_dir: {name}\n").values["output_dir"] == name

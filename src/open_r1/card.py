@@ -73,7 +73,7 @@ def write_manifest(trainer: "SFTTrainer", recipe: Recipe, prepared: "Prepared") 
             "epochs": trainer.state.epoch,
             "train_loss": last(history, "loss"),
             "eval_loss": last(history, "eval_loss"),
-            "seconds": round(seconds, 1),
+            "seconds": round(seconds, 3),
             "tokens": tokens,
             "tokens_per_second": round(tokens / seconds, 1) if tokens and seconds else None,
         },

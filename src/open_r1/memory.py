@@ -7,6 +7,7 @@ would have to hand out is counted without any of it. Deep models are measured at
 import contextlib
 import copy
 import logging
+import os
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -66,14 +67,14 @@ def measure(
     text.num_hidden_layers, text.vocab_size = layers, max(vocabulary, text.vocab_size)
     if isinstance(vars(text).get("layer_types"), list):
         text.layer_types = text.layer_types[:layers]
-    rows = args.per_device_train_batch_size
+    rows, eager = args.per_device_train_batch_size, model_args.attn_implementation == "eager"
     packed = args.packing and args.packing_strategy != "wrapped"
     shape = (1, rows * length) if packed or args.padding_free else (rows, length)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with init_empty_weights(include_buffers=True):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, dtype), attn_implementation=model_args.attn_implementation
+                config, dtype=getattr(torch, dtype), attn_implementation="eager" if eager else "sdpa"
             )
         model.tie_weights()  # which making them empty has undone
         add_fused_lm_head(model, outputs=OUTPUTS)
@@ -84,7 +85,9 @@ def measure(
         warnings.simplefilter("ignore")
         fill(model)
         if args.activation_checkpointing:
-            model.gradient_checkpointing_enable(args.activation_checkpointing_kwargs or {"use_reentrant": False})
+            how = {"use_reentrant": False, **(args.activation_checkpointing_kwargs or {})}
+            how.pop("every_n_layers", None)
+            model.gradient_checkpointing_enable(how)
             if lora is not None:
                 model.enable_input_require_grads()
         model.train()
@@ -185,15 +188,15 @@ def shared_out(found: dict[str, float], model_args: "ModelConfig", args: "SFTCon
     )
     if bits := 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 0:
         weights -= frozen * (weights / found["parameters"] - QUANTISED[bits])
-    name = str(getattr(args.optim, "value", args.optim))
-    state = next((size for part, size in STATE.items() if part in name), 8)
-    optimizer = optimizer * state / 8
+    optimizer = optimizer * state_bytes(args) / 8
     world, plugin = args.world_size, args.deepspeed_plugin
     stage = plugin.zero_stage if plugin is not None else 0
     if stage:
-        optimizer = (optimizer + 4 * trained) / world  # float32 masters too
+        optimizer = (state_bytes(args) + 4) * trained / world  # in float32, and master weights too
         gradients = gradients / world if stage >= 2 else gradients
         weights = weights / world if stage == 3 else weights
+    elif world > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        weights, gradients, optimizer = weights / world, gradients / world, optimizer / world
     elif world > 1:
         gradients *= 2  # DDP's buckets
     return {
@@ -206,6 +209,12 @@ def shared_out(found: dict[str, float], model_args: "ModelConfig", args: "SFTCon
         + activations
         + (gradients if stage or world > 1 or args.gradient_accumulation_steps > 1 else 0),
     }
+
+
+def state_bytes(args: "SFTConfig") -> int:
+    """Bytes of optimizer state for a trained parameter in float32."""
+    name = str(getattr(args.optim, "value", args.optim))
+    return next((size for part, size in STATE.items() if part in name), 8)
 
 
 def device_memory(named: str | None) -> int | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -31,7 +31,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from open_r1.chat import end_of_turn
 from open_r1.errors import UserError
 from open_r1.findings import LEVELS, Finding, as_text, has_errors
-from open_r1.memory import device_memory, plan_memory
+from open_r1.memory import device_memory, plan_memory, state_bytes
 from open_r1.model import adapter_base, adapter_config, settle_generation, weights_dtype
 from open_r1.preparation import Part, Prepared
 
@@ -45,17 +45,17 @@ LOOKED_AT = 200  # rows of each part
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Models whose layers carry a state from token to token: nothing keeps packed documents apart in them.
 STATEFUL = re.compile(
-    r"mamba|rwkv|recurrent|lfm2|bamba|jamba|zamba|qwen3_next|qwen3_5|kimi_linear|nemotron_h|falcon_h1"
+    r"mamba|rwkv|recurrent|lfm|[bj]amba|zamba|qwen3_(next|5)|kimi_linear|nemotron_h|falcon_h1|hybrid|minimax|xlstm"
 )
 # What an optimizer needs beside torch, by how its name begins or ends.
 OPTIMIZERS = {
+    r"adamw_torch_[48]bit": "torchao",
     r".*bnb.*|.*8bit|paged_.*|lion_.*|ademamix": "bitsandbytes",
     r"galore.*": "galore_torch",
     r"apollo.*": "apollo_torch",
     r"a?d?a?lomo": "lomo_optim",
     r"grokadamw": "grokadamw",
     r"schedule_free.*": "schedulefree",
-    r"adamw_torch_[48]bit": "torchao",
     r"stable_adamw": "optimi",
 }
 
@@ -83,7 +83,7 @@ def look(
         *stop_token(tokenizer, training_args, prepared),
         *generation(model_args),
         *data(prepared, training_args),
-        *context(config, model_args, training_args),
+        *context(config, model_args, prepared),
         *isolation(config, model_args, training_args),
         *adapter(model, model_args, tokenizer),
         *stack(model_args, training_args),
@@ -103,7 +103,7 @@ def config_of(model_args: "ModelConfig", training_args: "SFTConfig") -> Pretrain
         trust_remote_code=training_args.trust_remote_code,
     )
     for key, value in (training_args.model_init_kwargs or {}).items():
-        if hasattr(config, key):
+        if hasattr(config, key) and key not in ("dtype", "torch_dtype"):
             setattr(config, key, value)
     return config
 
@@ -113,12 +113,20 @@ def skeleton(
 ) -> PreTrainedModel | Finding:
     """The model that will be trained without its weights, adapter included; a finding where none can be built."""
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=training_args.trust_remote_code)
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=training_args.trust_remote_code)
+        except (ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{model_args.model_name_or_path} is no causal language model: {reason}") from error
         if len(tokenizer) > config.get_text_config().vocab_size:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.tie_weights()  # which making them empty has undone
     try:
-        lora = adapter_config(model_args, model, tokenizer)
+        if adapter_base(model_args.model_name_or_path) and model_args.use_peft:  # whose own settings hold
+            lora = PeftConfig.from_pretrained(model_args.model_name_or_path)
+            lora.inference_mode = False
+        else:
+            lora = adapter_config(model_args, model, tokenizer)
         with init_empty_weights():
             return model if lora is None else get_peft_model(model, lora)
     except ValueError as error:
@@ -129,7 +137,7 @@ def skeleton(
 
 def stop_token(tokenizer: PreTrainedTokenizerBase, args: "SFTConfig", prepared: Prepared) -> Iterator[Finding]:
     """The contract that makes a model stop: the template's end of turn is EOS, one token, known, and learnt."""
-    eos, ends = tokenizer.eos_token, end_of_turn(tokenizer)
+    eos, ends, chats = tokenizer.eos_token, end_of_turn(tokenizer), conversations(prepared.train)
     if ends is None:
         yield Finding(
             "warning",
@@ -138,7 +146,7 @@ def stop_token(tokenizer: PreTrainedTokenizerBase, args: "SFTConfig", prepared: 
         )
     elif ends != eos:
         yield Finding(
-            "error",
+            "error" if chats else "warning",
             f"the chat template ends a turn with {ends}, but EOS is {eos}: the model would stop where nobody looks",
             "remove eos_token from the recipe",
         )
@@ -149,9 +157,8 @@ def stop_token(tokenizer: PreTrainedTokenizerBase, args: "SFTConfig", prepared: 
     rows = sample(prepared.train)
     learnt = [tokenizer.eos_token_id in labels for _, labels in rows]
     if not any(learnt):
-        tokens = all("input_ids" in table.source.columns for table in prepared.train.tables)
         yield Finding(
-            "warning" if tokens else "error",  # who brings tokens may have set their end themselves
+            "error" if chats else "warning",  # of texts and tokens somebody may have settled the end
             f"EOS ({eos}) is in the labels of none of {len(rows)} rows: the model would not learn to stop",
             "check chat_template and max_length (make preview shows the labels)",
         )
@@ -226,19 +233,31 @@ def data(prepared: Prepared, args: "SFTConfig") -> Iterator[Finding]:
 
 def conversations(part: Part) -> bool:
     """Whether a part has a source whose rows are not plain text or tokens."""
-    kinds = ("messages", "conversations", "completion")
-    return any(set(kinds) & set(table.source.columns) for table in part.tables)
+    return any(not {"input_ids", "text"} & set(table.source.to_row(row)) for table, row in first_rows(part))
 
 
-def context(config: PretrainedConfig, model_args: "ModelConfig", args: "SFTConfig") -> Iterator[Finding]:
+def first_rows(part: Part) -> Iterator[tuple[Any, Any]]:
+    """Each source's table with the first of its rows that is trained on."""
+    for table in part.tables:
+        kept = table.rows[table.counts["row"][table.trained]]
+        if len(kept):
+            yield table, table.source.rows[int(kept[0])]
+
+
+def context(config: PretrainedConfig, model_args: "ModelConfig", prepared: Prepared) -> Iterator[Finding]:
     """Rows longer than the positions that the model knows."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if args.max_length is not None and limit is not None and args.max_length > limit:
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    longest = max(part.ledger["total"]["lengths"]["max"] for part in prepared.parts.values())
+    rope = getattr(text, "rope_parameters", None) or {}
+    if limit is not None and isinstance(rope.get("factor"), (int, float)):
+        limit = max(limit, int(rope.get("original_max_position_embeddings", limit) * rope["factor"]))
+    if limit is not None and longest > limit:
         yield Finding(
             "error",
-            f"max_length {args.max_length} is more than the {limit} positions of {model_args.model_name_or_path}",
-            "lower it, or extend the model's context (model_init_kwargs: {max_position_embeddings: ..., "
-            "rope_parameters: ...}, which are saved with it)",
+            f"rows of up to {longest} tokens are longer than the {limit} positions of {model_args.model_name_or_path}",
+            f"set max_length: {limit}, or extend the model's context (model_init_kwargs: {{max_position_embeddings: "
+            "..., rope_parameters: ...}, which are saved with it)",
         )
 
 
@@ -302,7 +321,7 @@ def embedding_norm(name: str, token: int) -> tuple[float, float] | None:
                         step = max(1, rows // 1000)
                         others = torch.stack([matrix[row].float() for row in range(0, rows, step)]).norm(dim=1)
                         return float(matrix[token].float().norm()), float(others.median())
-        except (OSError, SafetensorError):
+        except (OSError, SafetensorError, IndexError):
             return None
     return None
 
@@ -313,14 +332,11 @@ def stack(model_args: "ModelConfig", args: "SFTConfig") -> Iterator[Finding]:
     quantised = model_args.load_in_4bit or model_args.load_in_8bit
     if quantised and zero == 3:
         yield Finding("error", "quantised weights cannot be sharded by ZeRO-3", "launch with ddp or zero2")
-    for pattern, package in OPTIMIZERS.items():
-        if re.fullmatch(pattern, str(getattr(args.optim, "value", args.optim))) and not importlib.util.find_spec(
-            package
-        ):
-            yield Finding(
-                "error", f"optim: {args.optim} needs {package}, which is not installed", f"pip install {package}"
-            )
-            break
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    package = next((package for pattern, package in OPTIMIZERS.items() if re.fullmatch(pattern, optimizer)), None)
+    if package and not importlib.util.find_spec(package):
+        name = {"optimi": "torch-optimi"}.get(package, package)
+        yield Finding("error", f"optim: {optimizer} needs {package}, which is not installed", f"pip install {name}")
     if args.use_liger_kernel and not importlib.util.find_spec("liger_kernel"):
         yield Finding(
             "error", "use_liger_kernel: liger-kernel is not installed", "pip install liger-kernel, or drop it"
@@ -340,7 +356,7 @@ def plan_of(
 ) -> dict[str, Any]:
     """What the run comes to: rows, tokens, steps, parameters, checkpoints and their size in bytes."""
     total, rows = prepared.train.ledger["total"], len(prepared.train.rows)
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     per_epoch = max(1, rows // batch)  # what is left over begins the next epoch
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     plan: dict[str, Any] = {
@@ -365,7 +381,8 @@ def plan_of(
         plan["checkpoints"] = kept_checkpoints(args, steps, per_epoch)
         plan["checkpoint_bytes"] = checkpoint_bytes(plan, model_args, args)
         plan["disk_bytes"] = plan["checkpoint_bytes"] * plan["checkpoints"] + model_bytes(plan, model_args)
-    plan["free_disk_bytes"] = shutil.disk_usage(existing(Path(args.output_dir))).free
+    out = Path(args.output_dir)
+    plan["free_disk_bytes"] = shutil.disk_usage(existing(out)).free + written(out)
     return plan
 
 
@@ -376,27 +393,33 @@ def kept_checkpoints(args: "SFTConfig", steps: int, per_epoch: int) -> int:
         return 0
     every = per_epoch if strategy in ("epoch", "best") else args.save_steps
     every = max(1, int(every * steps) if every < 1 else int(every))
-    made = max(1, steps // every)
+    made = max(1, math.ceil(steps / every))  # the last step is saved too
     return min(made, args.save_total_limit + 1) if args.save_total_limit else made
 
 
 def model_bytes(plan: dict[str, Any], model_args: "ModelConfig") -> int:
-    """Size of the saved model: the adapter alone with PEFT."""
-    saved = plan["trained_parameters"] if model_args.use_peft else plan["parameters"]
-    return saved * BYTES[plan["dtype"]]
+    """Size of the saved model: with PEFT the adapter alone, which is in float32."""
+    return 4 * plan["trained_parameters"] if model_args.use_peft else plan["parameters"] * BYTES[plan["dtype"]]
 
 
 def checkpoint_bytes(plan: dict[str, Any], model_args: "ModelConfig", args: "SFTConfig") -> int:
-    """Size of a checkpoint: model and Adam's two moments, with ZeRO's float32 master weights too."""
-    trained = plan["trained_parameters"]
-    states = 12 * trained if args.deepspeed_plugin is not None else 2 * trained * BYTES[plan["dtype"]]
-    return model_bytes(plan, model_args) + (0 if args.save_only_model else states)
+    """Size of a checkpoint: model and optimizer state, with ZeRO's float32 master weights too."""
+    each = 4 if model_args.use_peft else BYTES[plan["dtype"]]
+    state = state_bytes(args) * each // 4
+    if args.deepspeed_plugin is not None:
+        state = state_bytes(args) + 4
+    return model_bytes(plan, model_args) + (0 if args.save_only_model else state * plan["trained_parameters"])
+
+
+def written(out: Path) -> int:
+    """Bytes of the checkpoints that an earlier start has left, which count as those that are planned."""
+    return sum(path.stat().st_size for path in out.glob("checkpoint-*/**/*") if path.is_file())
 
 
 def disk(plan: dict[str, Any], args: "SFTConfig") -> Iterator[Finding]:
     """Whether the checkpoints fit on the disk."""
     needed, free = plan.get("disk_bytes", 0), plan["free_disk_bytes"]
-    if needed > free:
+    if needed > free and args.process_index == 0:  # which writes them
         yield Finding(
             "error",
             f"output_dir: {plan['checkpoints']} checkpoints and the model take {gib(needed)}; {gib(free)} are free",
@@ -425,7 +448,12 @@ def memory(
     except ValueError as error:
         yield Finding("error", str(error))
         return
-    plan["memory_bytes"] = needed()
+    try:
+        plan["memory_bytes"] = needed()
+    except Exception as error:  # an operation that knows no tensors without memory is no fault of the run
+        reason = " ".join(str(error).split())[:150]
+        yield Finding("note", f"memory cannot be planned for this model: {type(error).__name__}: {reason}")
+        return
     plan["gpu_bytes"] = capacity
     total = plan["memory_bytes"]["total"]
     if capacity is None or total <= HEADROOM * capacity:
@@ -433,11 +461,11 @@ def memory(
     batch, tried = args.per_device_train_batch_size, []
     if not args.activation_checkpointing:
         tried.append({"activation_checkpointing": True})
-    while batch > 1:
+    while batch % 2 == 0:
         batch //= 2
         more = args.gradient_accumulation_steps * args.per_device_train_batch_size // batch
         tried.append({"per_device_train_batch_size": batch, "gradient_accumulation_steps": more})
-    tried += [{**tried[-1], "activation_checkpointing": True}] if batch == 1 and tried else []
+    tried += [{**tried[-1], "activation_checkpointing": True}] if tried else []
     fits = next((change for change in tried if needed(**change)["total"] <= HEADROOM * capacity), None)
     remedy = "shard the model (zero3, fsdp2), train an adapter (use_peft: true), or lower max_length"
     if fits is not None:
@@ -455,9 +483,11 @@ def gib(count: float) -> str:
     return f"{count / 2**30:,.1f} GiB" if count > 2**28 else f"{count / 2**20:,.1f} MiB"
 
 
-def report(findings: list[Finding], plan: dict[str, Any], as_json: bool) -> int:
+def report(findings: list[Finding], plan: dict[str, Any], as_json: bool, shown: bool = True) -> int:
     """Show findings and plan, as JSON on stdout when asked; returns the exit code: 1 when there are errors."""
     failed = has_errors(findings)
+    if not shown:
+        return int(failed)
     if as_json:
         print(json.dumps({"findings": [finding._asdict() for finding in findings], "plan": plan}, indent=1))
     else:

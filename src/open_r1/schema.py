@@ -15,8 +15,10 @@ import yaml
 from open_r1.old_names import CLI
 
 SCHEMA: dict[str, Any] = json.loads((Path(__file__).parent / "schema.json").read_text())
+# Tokens of the hub, OpenAI, GitHub, AWS and Google as they are handed out; names of files and datasets are none.
 SECRET = re.compile(
-    r"\b(hf_\w{10,}|sk-[\w-]{10,}|gh[opsur]_\w{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,})"
+    r"(?<![\w/.-])(hf_[A-Za-z0-9]{30,}|sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{32,}|gh[opsur]_[A-Za-z0-9]{30,}"
+    r"|github_pat_\w{30,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35})(?![\w/])"
 )
 SECRET_NAME = re.compile(r"(^|[_-])(token|secret|password|passwd|api[_-]?key|credentials?)$", re.IGNORECASE)
 NOT_SECRET = {"eos_token", "pad_token"}

@@ -48,7 +48,8 @@ def run(recipe: Recipe) -> int:
     for note in recipe.notes:
         logger.warning(note)
     output_dir, settings = recipe.values.setdefault("output_dir", "data/sft"), recipe.values
-    if (step := finished(output_dir, settings)) is not None:
+    dry = settings.get("dry_run") not in (None, False)
+    if not dry and (step := finished(output_dir, settings)) is not None:
         logger.info("this run finished at step %d and its model is in %s: nothing to do", step, output_dir)
         return 0
     checkpoint = checkpoint_to_resume(output_dir, recipe.values.get("resume_from_checkpoint"))
@@ -75,7 +76,9 @@ def run(recipe: Recipe) -> int:
 
     findings, plan = preflight.check(training_args, model_args, tokenizer, prepared)
     if training_args.dry_run:
-        return preflight.report(findings, plan, as_json=training_args.dry_run == "json")
+        return preflight.report(
+            findings, plan, training_args.dry_run == "json", shown=training_args.process_index == 0
+        )
     preflight.require(findings)
     require_same_data(output_dir, checkpoint, prepared.train.key)
     if training_args.process_index == 0:

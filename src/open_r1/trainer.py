@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import numpy as np
 import transformers
+from huggingface_hub import HfApi
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import SFTTrainer
 
+from open_r1.callbacks import NOT_PUSHED
 from open_r1.card import write_card
 from open_r1.errors import UserError
 
@@ -27,6 +29,17 @@ if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
     from open_r1.preparation import Part
 
+# What stays at home: state to go on from, pickles, and files that hold rows or paths of this machine.
+PRIVATE = [
+    *NOT_PUSHED,
+    "_*",
+    "checkpoint-*",
+    "rejected.jsonl",
+    "run_state.json",
+    "recipe.yaml",
+    "ledger.json",
+    "runs/*",
+]
 BLOCK = 50  # global batches within which group_by_length sorts rows; as upstream, at most a quarter of them all
 
 
@@ -197,6 +210,22 @@ class OrderedTrainer(SFTTrainer):
         """Write the model card from the run's manifest, also where upstream would write its own over it."""
         if self.is_world_process_zero() and Path(self.args.output_dir, "manifest.json").exists():
             write_card(self.args.output_dir)
+
+    def push_to_hub(self, commit_message: str = "End of training", blocking: bool = True, **_: Any) -> Any:
+        """Push what serving needs and what says how it was made. Upstream pushes rejected rows and pickles too."""
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is None:
+            self.init_hf_repo()
+        self.create_model_card()
+        return HfApi(token=self.args.hub_token).upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=self.args.output_dir,
+            commit_message=commit_message,
+            run_as_future=not blocking,
+            revision=self.args.hub_revision,
+            ignore_patterns=PRIVATE,
+        )
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Order:
         """The order, of as many rows a step as the trainer takes: auto_find_batch_size makes them fewer."""
