@@ -774,7 +774,12 @@ HARMLESS = {
         {"max_length": 64},
     ),
     "a word of 1 MB": ("x.jsonl", lines({"text": "é" * 2**19}, {"text": "a"}), ["é" * 32, END], {"max_length": 64}),
-    "1,000 turns": ("x.jsonl", lines(talk(*[ASK, SAY] * 1000)), [END * 1000]),
+    "1,000 turns": (
+        "x.jsonl",
+        lines(talk(*[ASK, SAY] * 1000)),
+        [END * 1000],
+        {"model_init_kwargs": {"max_position_embeddings": 20_000}},
+    ),
 }
 HARMLESS |= {
     "all tokens attended to": ("x.jsonl", lines(ids([5, 6], attention_mask=[1, 1])), ["#$"]),
