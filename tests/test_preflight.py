@@ -261,3 +261,13 @@ def test_checkpoints_are_as_large_as_planned(checked, tiny_model, chat_file, tmp
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "real" / "checkpoint-2").iterdir()}
     written = sum(size for name, size in sizes.items() if name.endswith("safetensors") or name == "optimizer.pt")
     assert written == pytest.approx(plan["checkpoint_bytes"], rel=0.25, abs=30_000)
+
+
+def test_time_is_known_from_an_earlier_run(checked, tiny_model, chat_file, tmp_path, capsys):
+    assert checked()[2]["seconds"] is None
+    argv = settings(model_name_or_path=tiny_model, dataset_name=chat_file, output_dir=tmp_path / "run", max_length=512)
+    assert main(argv) == 0
+    capsys.readouterr()  # the summary of the run
+    rate = json.loads((tmp_path / "run" / "manifest.json").read_text())["results"]["tokens_per_second"]
+    _, _, plan = checked(max_steps=900)
+    assert plan["seconds"] == pytest.approx(plan["tokens"] * 900 / plan["steps_per_epoch"] / rate, abs=1)

@@ -382,8 +382,18 @@ def plan_of(
         plan["checkpoint_bytes"] = checkpoint_bytes(plan, model_args, args)
         plan["disk_bytes"] = plan["checkpoint_bytes"] * plan["checkpoints"] + model_bytes(plan, model_args)
     out = Path(args.output_dir)
+    rate = throughput(out)
+    plan["seconds"] = round(total["tokens"] * steps / per_epoch / rate) if rate else None
     plan["free_disk_bytes"] = shutil.disk_usage(existing(out)).free + written(out)
     return plan
+
+
+def throughput(out: Path) -> float | None:
+    """Tokens a second that an earlier run in this directory reached; None where there was none."""
+    try:
+        return json.loads((out / "manifest.json").read_text(encoding="utf-8"))["results"]["tokens_per_second"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def kept_checkpoints(args: "SFTConfig", steps: int, per_epoch: int) -> int:
