@@ -81,7 +81,7 @@ def ours(template: Template, messages: Messages, kwargs: dict[str, Any]) -> list
     places = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     how = {"on_rewritten": "expand", "empty_reasoning": "mask"}
     rows, counts = conversation_rows(messages, template, turns=places, **how, **kwargs)
-    alone = counts["expanded"]
+    alone = counts["rewritten"]
     found = [(text, span, n < alone) for n, (text, spans) in enumerate(rows) for span in spans]
     found.sort(key=lambda said: said[1][0])  # a later turn has more text before it
     return [(text[start:end], own) for text, (start, end), own in found]

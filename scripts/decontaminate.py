@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from open_r1.errors import UserError
 from open_r1.formats import THOUGHTS
 from open_r1.recipe import load_recipe
+from open_r1.schema import texts_in
 
 if TYPE_CHECKING:
     from open_r1.data import Source
@@ -170,16 +171,9 @@ def said(row: dict[str, Any]) -> list[str]:
         messages = part if isinstance(part, list) else [{"role": "user", "content": part}]
         for message in messages:
             if message["role"] != "system":
-                texts += texts_in([message.get(name) for name in ("content", "tool_calls", *THOUGHTS)])
+                said_in = [message.get(name) for name in ("content", "tool_calls", *THOUGHTS)]
+                texts += [text for _, text in texts_in("", said_in)]
     return texts
-
-
-def texts_in(value: Any) -> list[str]:
-    """Every text inside lists and mappings."""
-    if isinstance(value, str):
-        return [value]
-    members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [text for member in members for text in texts_in(member)]
 
 
 def compare(

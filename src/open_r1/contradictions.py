@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from open_r1.schema import SCHEMA, looks_secret
+from open_r1.schema import SCHEMA, looks_secret, texts_in
 
 if TYPE_CHECKING:
     from open_r1.recipe import Recipe
@@ -24,16 +24,6 @@ def secrets(recipe: "Recipe") -> Iterator[str]:
                     f"{recipe.origin[key]}: {name} holds a token or a password, which would be saved with the run; "
                     "take it out, and run `hf auth login` or set it in the environment (HF_TOKEN, WANDB_API_KEY)"
                 )
-
-
-def texts_in(key: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Every text in a value, with its key path."""
-    if isinstance(value, str):
-        yield key, value
-    for name, item in (
-        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    ):
-        yield from texts_in(f"{key}.{name}", item)
 
 
 def of_data(recipe: "Recipe") -> Iterator[str]:

@@ -3,7 +3,6 @@
 Nothing here tokenises.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,8 +21,6 @@ from open_r1.tables import Table, load_table, source_name
 
 if TYPE_CHECKING:
     from open_r1.configs import ScriptArguments
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass

@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from open_r1.chat import end_of_turn
 from open_r1.errors import UserError
 from open_r1.findings import Finding, has_errors
-from open_r1.model import adapter_base, fit_vocabulary
+from open_r1.model import adapter_base, fit_vocabulary, skeleton
 
 PIECE = 2**26  # elements of a tensor that are read at once
 SAVE_AGAIN = "copy the directory again, or start the run again: it saves what its last checkpoint holds"
@@ -106,12 +106,6 @@ def read_config(name: str, trust_remote_code: bool) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{name}: holds no model whose config can be read: {short(error)}") from error
-
-
-def skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The architecture without weights, on the meta device."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def parameters(path: str | Path, trust_remote_code: bool = False) -> int:

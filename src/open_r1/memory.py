@@ -6,26 +6,25 @@ would have to hand out is counted without any of it. Deep models are measured at
 
 import contextlib
 import copy
-import logging
 import os
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import init_empty_weights
 from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from trl import get_peft_config
 from trl.trainer.utils import add_fused_lm_head
+
+from open_r1.model import skeleton
 
 if TYPE_CHECKING:
     from open_r1.configs import ModelConfig, SFTConfig
 
-logger = logging.getLogger(__name__)
 DEPTHS = (6, 12)  # layers that deeper models are measured with
 OUTPUTS = ("log_probs", "entropy", "is_top1")  # what TRL's trainer asks of the loss
 QUANTISED = {4: 0.55, 8: 1.05}  # bytes of a weight in bits, its scales included
@@ -67,19 +66,16 @@ def measure(
     text.num_hidden_layers, text.vocab_size = layers, max(vocabulary, text.vocab_size)
     if isinstance(vars(text).get("layer_types"), list):
         text.layer_types = text.layer_types[:layers]
-    rows, eager = args.per_device_train_batch_size, model_args.attn_implementation == "eager"
+    rows = args.per_device_train_batch_size
     packed = args.packing and args.packing_strategy != "wrapped"
     shape = (1, rows * length) if packed or args.padding_free else (rows, length)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with init_empty_weights(include_buffers=True):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, dtype), attn_implementation="eager" if eager else "sdpa"
-            )
-        model.tie_weights()  # which making them empty has undone
+        attention = "eager" if model_args.attn_implementation == "eager" else "sdpa"
+        model = skeleton(config, dtype=getattr(torch, dtype), attn_implementation=attention)
         add_fused_lm_head(model, outputs=OUTPUTS)
         if (lora := get_peft_config(model_args)) is not None:
-            with init_empty_weights(include_buffers=True):
+            with torch.device("meta"):
                 model = get_peft_model(model, lora)  # in float32, as peft keeps what it trains
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -112,6 +113,12 @@ def get_model(
     settings = model.peft_config["default"]
     logger.info("training goes on from the adapter %s on %s; its own r=%d and targets hold", name, base, settings.r)
     return model
+
+
+def skeleton(config: PreTrainedConfig, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedModel:
+    """The architecture without weights, on the meta device; `kwargs` are those of `from_config`."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **kwargs)
 
 
 def settle_generation(settings: GenerationConfig | None) -> None:

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import init_empty_weights
 from peft import PeftConfig, get_peft_model
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -32,7 +30,7 @@ from open_r1.chat import end_of_turn
 from open_r1.errors import UserError
 from open_r1.findings import LEVELS, Finding, as_text, has_errors
 from open_r1.memory import device_memory, plan_memory, state_bytes
-from open_r1.model import adapter_base, adapter_config, settle_generation, weights_dtype
+from open_r1.model import adapter_base, adapter_config, settle_generation, skeleton, weights_dtype
 from open_r1.preparation import Part, Prepared
 
 if TYPE_CHECKING:
@@ -77,10 +75,10 @@ def look(
 ) -> tuple[list[Finding], dict[str, Any]]:
     """Findings, errors first, and the plan."""
     config = config_of(model_args, training_args)
-    model = skeleton(config, model_args, training_args, tokenizer)
+    model = trained_model(config, model_args, training_args, tokenizer)
     plan = plan_of(model, config, training_args, model_args, prepared)
     findings = [
-        *stop_token(tokenizer, training_args, prepared),
+        *stop_token(tokenizer, prepared),
         *generation(model_args),
         *data(prepared, training_args),
         *context(config, model_args, prepared),
@@ -108,34 +106,34 @@ def config_of(model_args: "ModelConfig", training_args: "SFTConfig") -> Pretrain
     return config
 
 
-def skeleton(
+def trained_model(
     config: PretrainedConfig, model_args: "ModelConfig", training_args: "SFTConfig", tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel | Finding:
     """The model that will be trained without its weights, adapter included; a finding where none can be built."""
-    with init_empty_weights():
-        try:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=training_args.trust_remote_code)
-        except (ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{model_args.model_name_or_path} is no causal language model: {reason}") from error
+    try:
+        model = skeleton(config, training_args.trust_remote_code)
+    except (ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{model_args.model_name_or_path} is no causal language model: {reason}") from error
+    with torch.device("meta"):
         if len(tokenizer) > config.get_text_config().vocab_size:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model.tie_weights()  # which making them empty has undone
-    try:
-        if adapter_base(model_args.model_name_or_path) and model_args.use_peft:  # whose own settings hold
-            lora = PeftConfig.from_pretrained(model_args.model_name_or_path)
-            lora.inference_mode = False
-        else:
-            lora = adapter_config(model_args, model, tokenizer)
-        with init_empty_weights():
+        try:
+            if adapter_base(model_args.model_name_or_path) and model_args.use_peft:  # whose own settings hold
+                lora = PeftConfig.from_pretrained(model_args.model_name_or_path)
+                lora.inference_mode = False
+            else:
+                lora = adapter_config(model_args, model, tokenizer)
             return model if lora is None else get_peft_model(model, lora)
-    except ValueError as error:
-        linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        reason = " ".join(str(error).split())[:200]
-        return Finding("error", f"lora_target_modules: {reason}", f"linear modules are {', '.join(sorted(linear))}")
+        except ValueError as error:
+            linear = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+            reason = " ".join(str(error).split())[:200]
+            return Finding(
+                "error", f"lora_target_modules: {reason}", f"linear modules are {', '.join(sorted(linear))}"
+            )
 
 
-def stop_token(tokenizer: PreTrainedTokenizerBase, args: "SFTConfig", prepared: Prepared) -> Iterator[Finding]:
+def stop_token(tokenizer: PreTrainedTokenizerBase, prepared: Prepared) -> Iterator[Finding]:
     """The contract that makes a model stop: the template's end of turn is EOS, one token, known, and learnt."""
     eos, ends, chats = tokenizer.eos_token, end_of_turn(tokenizer), conversations(prepared.train)
     if ends is None:

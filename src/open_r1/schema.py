@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,6 +150,16 @@ def looks_secret(key: str, value: Any) -> bool:
     name = key.rpartition(".")[2]
     named = bool(SECRET_NAME.search(name)) and name not in NOT_SECRET
     return isinstance(value, str) and bool(value) and (named or bool(SECRET.search(value)))
+
+
+def texts_in(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Every text in a value, with its key path."""
+    if isinstance(value, str):
+        yield key, value
+    for name, item in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    ):
+        yield from texts_in(f"{key}.{name}", item)
 
 
 def types_of(spec: dict[str, Any]) -> list[str]:

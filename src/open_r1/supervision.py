@@ -228,7 +228,7 @@ def conversation_rows(
         skipped = turn.skipped if empty_reasoning == "mask" else 0
         text, start = turn.prompt + turn.response, len(turn.prompt)
         if turn.stop_added and whole.startswith(text.removesuffix(template.stop)):
-            counts["expanded"] += 1  # not rewritten, but only on its own it can end with a stop token
+            counts["rewritten"] += 1  # not rewritten, but only on its own it can end with a stop token
             rows.append((text, [(start + skipped, len(text))]))
         elif whole.startswith(text):
             spans.append((start + skipped, len(text)))
@@ -236,7 +236,7 @@ def conversation_rows(
             end = len(turn.without_block)  # the empty block is only there at the turn's own inference
             spans.append((end - len(turn.response) + turn.skipped, end))
         elif on_rewritten == "expand":
-            counts["expanded"] += 1
+            counts["rewritten"] += 1
             rows.append((text, [(start + skipped, len(text))]))
         elif on_rewritten == "mask":
             counts["masked_turns"] += 1

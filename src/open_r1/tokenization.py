@@ -281,8 +281,7 @@ def row_pieces(
     renderings, counts = render_conversation(messages, given, turns, template_kwargs(row), template, how)
     if not renderings:
         return [Piece(index, counts, dropped="every turn is rewritten by the template")]
-    whole = {**counts, "expanded": 0}  # the count of rewritten turns; here each row but the first is one
-    return [Piece(index, {"expanded": 1} if number else whole, *text) for number, text in enumerate(renderings)]
+    return [Piece(index, {"expanded": 1} if number else counts, *text) for number, text in enumerate(renderings)]
 
 
 def template_kwargs(row: Row) -> dict[str, Any]:
