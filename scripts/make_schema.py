@@ -21,6 +21,7 @@ JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", d
 
 # Old spellings, which the parser renames, and what only a launcher may set.
 LEFT_OUT = {"gradient_checkpointing", "gradient_checkpointing_kwargs", "local_rank", "parallelism_config"}
+LEFT_OUT |= {"resume_from_checkpoint", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint"}
 
 ATTENTION = ["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
 # Upstream declares these as plain strings and finds a misspelling late or never.
@@ -30,7 +31,6 @@ NARROWED: dict[str, dict[str, Any]] = {
         "examples": [*ATTENTION, "owner/name of a hub kernel"],
     },
     "report_to": {"items": {"type": "string", "enum": ["all", "none", *sorted(INTEGRATION_TO_CALLBACK)]}},
-    "resume_from_checkpoint": {"type": ["string", "boolean", "null"]},
     "include_num_input_tokens_seen": {"enum": ["all", "non_padding", "no", True, False]},
 }
 

@@ -410,7 +410,7 @@ class TestRun:
         assert "Traceback" not in caplog.text
         assert "model       " in capsys.readouterr().out
         assert (out / "model.safetensors").is_file()
-        assert json.loads((out / "run_state.json").read_text())["status"] == "running"
+        assert json.loads((out / "run_state.json").read_text())["status"] == "failed"
         monkeypatch.undo()
         assert main(argv) == 0  # started again, it saves its last checkpoint
         assert errors(out) == []

@@ -6,15 +6,18 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from accelerate.data_loader import BatchSamplerShard
 from conftest import losses, settings
+from datasets import Dataset
 from torch.utils.data import BatchSampler
-from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
 from open_r1.configs import accumulation_steps
+from open_r1.errors import Stopped
+from open_r1.order import Order, cut_back, require_rows, require_same_order
 from open_r1.sft import main
-from open_r1.trainer import Order, OrderedTrainer, OrderLog, cut_back
+from open_r1.trainer import OrderedTrainer
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, size=103)
 ROWS = 26
@@ -266,22 +269,23 @@ class TestARun:
         assert run("here")[0] == run("workers", dataloader_num_workers=1)[0]
 
 
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Make a run die behind the save of a step."""
+    on_step_begin = CallbackHandler.on_step_begin
+
+    def arm(step):
+        def die(self, args, state, control):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+            return on_step_begin(self, args, state, control)
+
+        monkeypatch.setattr(CallbackHandler, "on_step_begin", die if step else on_step_begin)
+
+    return arm
+
+
 class TestResume:
-    @pytest.fixture
-    def stop_at(self, monkeypatch):
-        """Make a run die behind the save of a step."""
-        on_step_begin = CallbackHandler.on_step_begin
-
-        def arm(step):
-            def die(self, args, state, control):
-                if state.global_step == step:
-                    raise KeyboardInterrupt
-                return on_step_begin(self, args, state, control)
-
-            monkeypatch.setattr(CallbackHandler, "on_step_begin", die if step else on_step_begin)
-
-        return arm
-
     @pytest.mark.parametrize(
         ("step", "save_steps"), [(4, 2), (6, 3), (7, 6), (9, 2)], ids=["middle", "boundary", "behind", "second"]
     )
@@ -299,40 +303,80 @@ class TestResume:
         assert run("torn", **values) == (told, lost)
 
     def test_with_another_batch_a_rank_it_goes_on_in_the_same_order(self, run, stop_at, tmp_path):
-        """As on another number of processes: the settings are the same and the accumulation is another."""
+        """As on another number of processes: a step takes the same rows, in other shares."""
         told, lost = run("whole", global_batch_size=4, save_steps=2)
         stop_at(9)
         with pytest.raises(KeyboardInterrupt):
             run("torn", global_batch_size=4, save_steps=2)
         stop_at(None)
-        state = json.loads((tmp_path / "torn" / "run_state.json").read_text())
-        state["settings"]["per_device_train_batch_size"] = 2
-        (tmp_path / "torn" / "run_state.json").write_text(json.dumps(state))
         again = run("torn", global_batch_size=4, save_steps=2, per_device_train_batch_size=2)
         assert again[0] == told
         assert again[1] == pytest.approx(lost, abs=1e-4)
-
-    def test_the_epoch_is_said_without_the_data_loader(self, tmp_path):
-        from types import SimpleNamespace
-
-        order = order_of(8)  # 12 steps an epoch
-        log = OrderLog(order, "data")
-        state = TrainerState(global_step=29, is_world_process_zero=True)
-        log.on_epoch_begin(SimpleNamespace(ignore_data_skip=False), state, TrainerControl())
-        assert (order.epoch, log.done) == (2, 5)
-        log.on_epoch_begin(SimpleNamespace(ignore_data_skip=True), state, TrainerControl())
-        assert (order.epoch, log.done) == (2, 0)
 
     @pytest.mark.parametrize("torn", ["", '{"step": 4', '{"step": 4, "epoch": {}'])
     def test_the_file_is_cut_back(self, tmp_path, torn):
         path = tmp_path / "order.jsonl"
         path.write_text("".join(f'{{"step": {step}}}\n' for step in (1, 2, 3)) + torn)
-        cut_back(path, 9)
+        assert [line["step"] for line in cut_back(path, 9)] == [1, 2, 3]
         assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
         cut_back(path, 2)
         assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
         cut_back(path, 0)
         assert path.read_text() == ""
+
+
+class TestProof:
+    """What a resume verifies: the file of the steps before, and the tokens of every batch."""
+
+    def test_a_file_that_the_order_no_longer_gives_stops_the_run(self):
+        order = order_of(8)
+        told = [{"step": step, "rows": rows} for step, rows in enumerate(rows_of(order, 20), 1)]
+        require_same_order(told, order)
+        with pytest.raises(Stopped, match="order.jsonl: step 1 took other rows"):
+            require_same_order(told, order_of(8, seed=4))
+        told[13]["rows"] = told[14]["rows"]
+        with pytest.raises(Stopped, match="order.jsonl: step 14 took other rows"):
+            require_same_order(told, order)
+
+    @pytest.mark.parametrize("ranks", [1, 2])
+    @pytest.mark.parametrize("flat", [False, True], ids=["padded", "flattened"])
+    def test_batches_that_are_not_the_orders_stop_it(self, ranks, flat):
+        rows = Dataset.from_dict({"input_ids": [list(range(n, n + size)) for n, size in enumerate(LENGTHS.tolist())]})
+        order = order_of(8)
+
+        def batches(step, rank):
+            taken = order.of_step(step).reshape(-1, ranks, 2)[:, rank]
+            made = []
+            for numbers in taken:
+                ids = [torch.tensor(rows[int(number)]["input_ids"]) for number in numbers]
+                padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+                mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(one) for one in ids], batch_first=True)
+                made.append(
+                    {"input_ids": torch.cat(ids)[None]} if flat else {"input_ids": padded, "attention_mask": mask}
+                )
+            return made
+
+        for step in (1, 12, 13, 40):
+            for rank in range(ranks):
+                require_rows(batches(step, rank), rows, order, step, rank, ranks)
+        with pytest.raises(Stopped, match=f"step 13: process {ranks - 1} was given other rows"):
+            require_rows(batches(14, ranks - 1), rows, order, 13, ranks - 1, ranks)
+        moved = batches(13, 0)
+        with pytest.raises(Stopped, match=r"batch 1"):
+            require_rows([moved[1], moved[0], *moved[2:]], rows, order, 13, 0, ranks)
+
+    def test_a_run_whose_batches_are_skipped_wrongly_stops(self, run, stop_at, tmp_path, monkeypatch, capsys):
+        stop_at(4)
+        with pytest.raises(KeyboardInterrupt):
+            run("torn", save_steps=2)
+        stop_at(None)
+        from transformers import trainer
+
+        skip = trainer.skip_first_batches
+        monkeypatch.setattr(trainer, "skip_first_batches", lambda loader, count: skip(loader, count - 1))
+        with pytest.raises(AssertionError):
+            run("torn", save_steps=2)
+        assert "step 5: process 0 was given other rows than the order says" in capsys.readouterr().err
 
 
 REFUSED = {

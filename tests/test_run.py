@@ -259,7 +259,7 @@ class TestResume:
         for path in out.iterdir():
             if path.is_file() and path.name != "run_state.json":
                 path.unlink()
-        monkeypatch.setattr(SFTTrainer, "train", lambda *_, **__: pytest.fail("trained again"))
+        monkeypatch.setattr(SFTTrainer, "training_step", lambda *_, **__: pytest.fail("trained again"))
         assert main(argv) == 0
         assert all(torch.equal(value, whole[name]) for name, value in weights(out).items())
         assert losses(out) == logged
@@ -321,7 +321,7 @@ def test_what_follows_the_save_cannot_lose_the_model(tiny_model, chat_file, tmp_
     assert "evaluation failed; the trained model is safe in" in caplog.text
     assert (tmp_path / "run" / "model.safetensors").is_file()
     assert (tmp_path / "run" / "README.md").is_file()  # what comes after the failure is still done
-    assert json.loads((tmp_path / "run" / "run_state.json").read_text())["status"] == "running"
+    assert json.loads((tmp_path / "run" / "run_state.json").read_text())["status"] == "failed"
 
 
 def test_an_adapter_with_added_chat_tokens_can_be_trained_on(tmp_path, pairs, chat_file):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 
 from open_r1.errors import UserError
 
@@ -87,7 +87,10 @@ CALLBACKS: dict[str, Callable[[], TrainerCallback]] = {"push_to_hub_revision": P
 
 
 def get_callbacks(args: "SFTConfig") -> list[TrainerCallback]:
-    """The callbacks that the recipe lists. Raises `UserError` when one cannot work."""
+    """The callbacks that the recipe asks for. Raises `UserError` when one cannot work."""
     if "push_to_hub_revision" in args.callbacks and not args.hub_model_id:
         raise UserError("callbacks: push_to_hub_revision needs hub_model_id, the repository to push to")
-    return [CALLBACKS[name]() for name in args.callbacks]
+    found = [CALLBACKS[name]() for name in args.callbacks]
+    if args.early_stopping_patience is not None:
+        found.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
+    return found

@@ -94,8 +94,10 @@ def last(history: list[dict[str, Any]], key: str) -> float | None:
 
 
 def code() -> dict[str, Any]:
-    """Commit of this package's repository and whether files differ from it; empty where it is installed otherwise."""
+    """This package's code: a digest of its files, and the commit of its repository, where it is in one."""
     here = Path(__file__).parent
+    text = b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))
+    found: dict[str, Any] = {"digest": hashlib.sha256(text).hexdigest()[:16]}
 
     def git(*argv: str) -> str:
         return subprocess.run(
@@ -103,9 +105,13 @@ def code() -> dict[str, Any]:
         ).stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--", str(here)))}
+        return {
+            **found,
+            "commit": git("rev-parse", "HEAD"),
+            "changed": bool(git("status", "--porcelain", "--", str(here))),
+        }
     except (OSError, subprocess.CalledProcessError):
-        return {}
+        return found
 
 
 def versions() -> dict[str, str]:

@@ -1,57 +1,38 @@
-"""Which checkpoint of an output directory a run goes on from, and whether the run there is finished.
+"""Checkpoints that are complete or not there: how one is made, found, verified, and when it must go.
 
-`get_last_checkpoint` upstream takes the highest number, complete or not, and a missing optimizer state silently
-starts a fresh optimizer. Here a checkpoint counts only when everything a resumed run needs is in it.
+Upstream writes a checkpoint in place, file by file, takes the directory with the highest number and goes on with a
+fresh optimizer where its state is missing (transformers 5.23). Here it is written to `.saving`, flushed, sealed with
+`checkpoint.json` (step, processes, size and SHA-256 of every file) and moved to its name in one rename, as databases
+do. Inside it is upstream's layout.
 """
 
+import contextlib
+import errno
+import hashlib
 import json
 import logging
+import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from open_r1.errors import UserError
+from open_r1.errors import Stopped, UserError
 
 logger = logging.getLogger(__name__)
-RUN_STATE = "run_state.json"
-WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "pytorch_model_fsdp_0", "model.safetensors.index.json")
-NOT_SERVED = ("optimizer*", "scheduler*", "rng_state*", "scaler*", "trainer_state.json", "training_args.bin", "latest")
-# Settings that may change between a start and the next, by how their names begin.
-FREE = ("log", "report_to", "run_name", "save_", "eval_", "do_eval", "per_device_eval", "resume", "push_", "hub_")
-FREE += ("overwrite_", "wandb_", "trackio_", "callbacks", "disable_tqdm", "ddp_timeout", "dry_run", "dataloader_")
-FREE += ("dataset_num_proc", "env", "plan_gpu")
-OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0", "latest")  # plain, FSDP, DeepSpeed
-
-
-def checkpoint_to_resume(output_dir: str, asked: str | bool | None) -> str | None:
-    """The checkpoint to go on from, None for a fresh start.
-
-    `asked` is `resume_from_checkpoint`: unset takes the newest complete checkpoint if there is one, true insists on
-    one, false insists on none, and a path names it. Raises `UserError` when that cannot be had.
-    """
-    asked = {"true": True, "false": False}.get(asked.lower(), asked) if isinstance(asked, str) else asked
-    if isinstance(asked, str):
-        if lacking := what_it_lacks(Path(asked)):
-            raise UserError(f"resume_from_checkpoint: {asked} cannot be resumed from: {lacking}")
-        return asked
-    found = checkpoints(Path(output_dir))
-    if asked is False and found:
-        raise UserError(
-            f"resume_from_checkpoint: false, but {output_dir} holds {found[0].name} of an earlier run; "
-            "choose another output_dir, or remove the old checkpoints"
-        )
-    for checkpoint in found:
-        lacking = what_it_lacks(checkpoint)
-        if not lacking:
-            logger.info("resuming from %s", checkpoint)
-            return str(checkpoint)
-        logger.warning("%s is passed over: %s", checkpoint, lacking)
-    if asked is True:
-        raise UserError(f"resume_from_checkpoint: true, but {output_dir} holds no complete checkpoint")
-    if found:
-        logger.warning("%s holds no complete checkpoint: training starts over", output_dir)
-    return None
+SAVING = ".saving"
+SEAL = "checkpoint.json"
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "pytorch_model_fsdp*",
+    "latest",
+)
+LOADED = (".pt", ".pth", ".bin", ".safetensors", ".distcp")  # what upstream might take for state
+# Plain, FSDP's two layouts, DeepSpeed's.
+OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0/.metadata", "*/*optim_states.pt")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -64,79 +45,253 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
+def checkpoint_to_resume(output_dir: str, resume: str, passed: dict[str, str] | None = None) -> str | None:
+    """The checkpoint to go on from, None for a fresh start.
+
+    `resume` is `auto` (the newest complete one, if there is any checkpoint), `must`, `never`, or a path; `passed` are
+    those that turned out to be damaged, each with what is wrong. Digests are not looked at here (`damage` does).
+    Raises `UserError` when what is asked for cannot be had.
+    """
+    passed = passed or {}
+    found = checkpoints(Path(output_dir))
+    if resume == "never":
+        if found:
+            raise UserError(
+                f"resume: never, but {output_dir} holds {found[0].name} of an earlier run; choose another output_dir, "
+                "or remove the old checkpoints"
+            )
+        return None
+    if resume not in ("auto", "must"):
+        if lacking := passed.get(resume) or what_it_lacks(Path(resume)):
+            raise UserError(f"resume: {resume} cannot be resumed from: {lacking}")
+        for newer in found[: found.index(Path(resume))] if Path(resume) in found else found:
+            if not what_it_lacks(newer):
+                raise UserError(
+                    f"resume: {resume} is followed by {newer}, which saving would have to overwrite; choose another "
+                    f"output_dir, or remove {newer.name} and what is newer"
+                )
+        return resume
+    reasons = []
+    for checkpoint in found:
+        lacking = passed.get(str(checkpoint)) or what_it_lacks(checkpoint)
+        if not lacking:
+            for reason in reasons:
+                logger.warning("passed over: %s", reason)
+            return str(checkpoint)
+        reasons.append(f"{checkpoint}: {lacking}")
+    if found:
+        raise UserError(
+            f"{output_dir} holds no checkpoint that can be gone on from:\n  " + "\n  ".join(reasons) + "\n"
+            "bring it back, or remove these directories (or choose another output_dir) to start over"
+        )
+    if resume == "must":
+        raise UserError(f"resume: must, but {output_dir} holds no complete checkpoint")
+    return None
+
+
 def what_it_lacks(checkpoint: Path) -> str:
-    """Why a directory cannot be resumed from, empty when it can. The trainer writes `trainer_state.json` last."""
+    """Why a directory cannot be resumed from, as far as names and sizes tell; empty when they tell nothing."""
     if not checkpoint.is_dir():
         return "there is no such directory"
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return "trainer_state.json is missing or broken, so it was not saved to the end"
-    if not any((checkpoint / name).exists() for name in WEIGHTS) and not (checkpoint / "latest").exists():
-        return "it has no weights"
-    if not any((checkpoint / name).exists() for name in OPTIMIZER):
-        return "it has no optimizer state (saved with save_only_model?)"
-    if not any(checkpoint.glob("rng_state*.pth")):
-        return "it has no random state"
-    if (checkpoint / "optimizer.pt").exists() and not (checkpoint / "scheduler.pt").exists():
-        return "it has no scheduler state"
+        seal = read_seal(checkpoint)
+        files, resumable = dict(seal["files"]), seal["resumable"]
+        sizes = {name: int(size) for name, (size, _) in files.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        return f"{SEAL} is {'missing' if missing else 'broken'}, so it was not saved to its end by this program"
+    if not resumable:
+        return "it has no optimizer state (saved with save_only_model)"
+    for name, size in sizes.items():
+        try:
+            there = (checkpoint / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if there != size:
+            return f"{name} has {there:,} bytes, {size:,} were saved"
+    for name in sorted(set(files_of(checkpoint)) - set(sizes)):
+        if Path(name).suffix in LOADED:
+            return f"{name} was not saved with it, and could be loaded; move it away"
     return ""
 
 
-def at_last_step(checkpoint: str | None) -> bool:
-    """Whether a checkpoint is that of the last step, so that nothing is left to train."""
-    if checkpoint is None:
-        return False
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
-    return state["global_step"] >= state["max_steps"]
+def damage(checkpoint: Path, share: Callable[[list[str]], list[str]], gather: Callable[[list[Any]], list[Any]]) -> str:
+    """Which file of a checkpoint is not what was saved, empty when all are.
 
-
-def publish(checkpoint: str, output_dir: str) -> None:
-    """Copy the model in a checkpoint of the last step, all that serving needs, to where the final model belongs."""
-    for path in Path(checkpoint).iterdir():
-        if path.is_file() and not any(path.match(pattern) for pattern in NOT_SERVED):
-            shutil.copy2(path, output_dir)
-
-
-def require_same_data(output_dir: str, checkpoint: str | None, data: str) -> None:
-    """Raise `UserError` when a run would go on with other rows than those that it began with."""
-    try:
-        before = json.loads((Path(output_dir) / RUN_STATE).read_text()).get("data", data)
-    except (OSError, ValueError):
-        return
-    if checkpoint is not None and before != data:
-        raise UserError(
-            f"{checkpoint} was trained on other rows: files, template, tokenizer or evaluation data have changed "
-            "since; bring them back, or choose another output_dir"
-        )
-
-
-def record(output_dir: str, status: str, step: int, settings: dict[str, Any], data: str) -> None:
-    """Write `run_state.json`: `running` or `complete`, at which step, with which settings and rows."""
-    state = {"status": status, "global_step": step, "data": data, "settings": settings}
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    partial = Path(output_dir) / f"{RUN_STATE}.partial"
-    partial.write_text(json.dumps(state, indent=1, default=str) + "\n")
-    partial.replace(Path(output_dir) / RUN_STATE)
-
-
-def finished(output_dir: str, settings: dict[str, Any]) -> int | None:
-    """The last step of the finished run in this directory, None when there is none or its model is gone.
-
-    Raises `UserError` when a run there was started with other settings: it is neither passed off as this one nor
-    gone on with under them. What only concerns logging, saving and evaluation may differ.
+    `share` gives this process its part of the files, `gather` brings the findings of all together.
     """
-    if not output_dir or Path(output_dir).is_file():
-        raise UserError(f"output_dir: {output_dir!r} is no directory that can be written to")
+    files = read_seal(checkpoint)["files"]
+    wrong = [name for name in share(sorted(files)) if digest(checkpoint / name) != files[name][1]]
+    return "; ".join(f"{name} is damaged: its digest is not the one saved" for name in sorted(gather(wrong)))
+
+
+def read_seal(checkpoint: Path) -> dict[str, Any]:
+    """`checkpoint.json`. Raises `ValueError` when it is not as it was written."""
+    told = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+    if told.pop("digest", None) != digest_of(told):
+        raise ValueError(f"{SEAL} has been changed")
+    return told
+
+
+def digest_of(facts: dict[str, Any]) -> str:
+    """SHA-256 of what a seal says."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def files_of(checkpoint: Path) -> list[str]:
+    """Its files, by their paths in it, without the seal."""
+    paths = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if not path.is_dir())
+    return sorted(name for name in paths if name != SEAL)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, empty when it cannot be read."""
     try:
-        state = json.loads((Path(output_dir) / RUN_STATE).read_text())
-        status, step, before = state["status"], state["global_step"], dict(state["settings"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    now = json.loads(json.dumps(settings, default=str))
-    keys = [key for key in {**before, **now} if not key.startswith(FREE) and before.get(key) != now.get(key)]
-    if keys and (status == "complete" or checkpoints(Path(output_dir))):
-        shown = "; ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in sorted(keys))
-        raise UserError(f"{output_dir} holds a run with other settings ({shown}); choose another output_dir")
-    served = any((Path(output_dir) / name).exists() for name in WEIGHTS)
-    return step if status == "complete" and served else None
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def state_missing(checkpoint: Path, processes: int) -> str:
+    """What a checkpoint that was just written lacks to be gone on from by so many processes."""
+    states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    for what, patterns in {
+        "weights": WEIGHTS,
+        "optimizer state": OPTIMIZERS,
+        **{f"random state of process {rank}": [name] for rank, name in enumerate(states)},
+        "scheduler state": ["scheduler.pt", "latest"],  # DeepSpeed keeps it in its own files
+        "trainer state": ["trainer_state.json"],
+    }.items():
+        if not any(next(checkpoint.glob(pattern), None) for pattern in patterns):
+            return what
+    sharded = checkpoint / "latest"
+    if sharded.exists():
+        parts = len(list((checkpoint / sharded.read_text().strip()).glob("*optim_states.pt")))
+        if parts != processes:
+            return f"optimizer state of {processes - parts} of {processes} processes"
+    return ""
+
+
+def flush(directory: Path) -> None:
+    """Write all files of a directory to the disk, and give them the modes that the umask asks for.
+
+    safetensors writes for the owner alone, whatever the umask.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in directory.rglob("*"):
+        if not path.is_dir():
+            path.chmod(0o666 & ~umask)
+        sync(path)
+    sync(directory)
+
+
+def sync(path: Path) -> None:
+    """Write a file or the entries of a directory to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def seal(directory: Path, digests: dict[str, str], facts: dict[str, Any]) -> None:
+    """Write `checkpoint.json` into a directory that is flushed: `facts`, and size and digest of every file."""
+    files = {name: [(directory / name).stat().st_size, digests[name]] for name in files_of(directory)}
+    told = json.loads(json.dumps({**facts, "files": files}, default=str))
+    write_whole(directory / SEAL, json.dumps({**told, "digest": digest_of(told)}, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str, durable: bool = True) -> None:
+    """Write a file so that it has the old or the new text, whenever the process dies; `durable`, or the machine."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
+    partial.replace(path)
+    if durable:
+        sync(path.parent)
+
+
+def publish(staged: Path, output_dir: Path) -> None:
+    """Give a sealed checkpoint its name; one of that name was passed over, and is put aside."""
+    named = output_dir / staged.name
+    if named.exists():
+        aside = output_dir / f"damaged-{named.name}"
+        logger.warning("%s was passed over; it is now %s", named, aside.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        named.rename(aside)
+    staged.rename(named)
+    sync(output_dir)
+
+
+def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
+    """Let the oldest checkpoints go that are more than `limit`, never the newest and the best.
+
+    Only complete ones count: upstream counts directories, and could let the last complete one go.
+    """
+    complete = [path for path in checkpoints(output_dir) if not lacks_files(path)]
+    kept = complete[:1] + [path for path in complete[1:] if str(path) == best]
+    for path in complete if limit else ():
+        if path not in kept and len(kept) < limit:
+            kept.append(path)
+        elif path not in kept:  # out of sight first: it must not be found half removed
+            (output_dir / SAVING).mkdir(exist_ok=True)
+            gone = path.rename(output_dir / SAVING / path.name)
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def lacks_files(checkpoint: Path) -> bool:
+    """Whether a checkpoint is not complete. One without an optimizer is, when that was asked for."""
+    lacking = what_it_lacks(checkpoint)
+    return bool(lacking) and "save_only_model" not in lacking
+
+
+def require_room(output_dir: Path, name: str) -> None:
+    """Raise `Stopped` when the next checkpoint, as large as the last, does not fit on the disk."""
+    for last in checkpoints(output_dir)[:1]:
+        needed = sum(size for size, _ in read_seal(last)["files"].values())
+        if shutil.disk_usage(output_dir).free < needed:
+            raise no_room(output_dir, name, f"it takes {needed / 1e6:,.1f} MB")
+
+
+@contextlib.contextmanager
+def room(output_dir: Path, name: str) -> Iterator[None]:
+    """Tell a disk that is full from other failures, and give back what was taken of it in vain. Raises `Stopped`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_full(error, output_dir):
+            raise
+        written = sum(path.stat().st_size for path in (output_dir / SAVING).rglob("*") if path.is_file())
+        shutil.rmtree(output_dir / SAVING, ignore_errors=True)
+        raise no_room(output_dir, name, f"it takes more than {written / 1e6:,.1f} MB") from error
+
+
+def no_room(output_dir: Path, name: str, takes: str) -> Stopped:
+    """The error for a disk that is full."""
+    free = shutil.disk_usage(output_dir).free
+    older = next((f"{path.name} is whole; " for path in checkpoints(output_dir) if not lacks_files(path)), "")
+    return Stopped(
+        f"{name} could not be saved: {takes}, and {free / 1e6:,.1f} MB are free in {output_dir}; {older}make room and "
+        "start again with the same command"
+    )
+
+
+def is_full(error: BaseException | None, output_dir: Path) -> bool:
+    """Whether an error, or what it came from, says that the disk is full. Some writers say it only in words."""
+    while error is not None:
+        words = str(error)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left" in words or "Disk quota" in words:
+            return True
+        if "PytorchStreamWriter" in words and shutil.disk_usage(output_dir).free < 1 << 20:  # it does not say why
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -323,6 +323,44 @@ class SFTConfig(trl.SFTConfig):
     system_prompt: str | None = field(
         default=None, metadata={"help": "System message for conversations that have none of their own."}
     )
+    resume: str = field(
+        default="auto",
+        metadata={
+            "help": "auto goes on from the newest complete checkpoint in output_dir, if there is any; must insists on "
+            "one, never on none; a path names it."
+        },
+    )
+    allow_changes: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Settings, by name, that may differ from those of the checkpoint that a run goes on from although "
+            "they change what is learnt; data, that the rows may."
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after so many evaluations in a row that did not better metric_for_best_model.",
+            "above": 0,
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "By how much an evaluation must be better to count for early stopping."}
+    )
+    stall_timeout: float | None = field(
+        default=1800.0,
+        metadata={
+            "help": "Seconds without the end of a step after which the stacks of all threads are shown.",
+            "above": 0,
+        },
+    )
+    loss_spike: float | None = field(
+        default=3.0,
+        metadata={
+            "help": "Report a step, with its rows, whose loss is more than so many times the median of the 50 before.",
+            "above": 1,
+        },
+    )
     callbacks: list[str] = field(
         default_factory=list,
         metadata={"help": "Callbacks to run while training.", "choices": ["push_to_hub_revision"]},

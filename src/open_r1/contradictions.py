@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from open_r1.schema import SCHEMA, looks_secret, texts_in
+from open_r1.schema import SCHEMA, looks_secret, meant, texts_in
 
 if TYPE_CHECKING:
     from open_r1.recipe import Recipe
@@ -110,6 +110,36 @@ def of_run(recipe: "Recipe") -> Iterator[str]:
         yield (
             f"{origin['load_best_model_at_end']}: load_best_model_at_end compares what was saved and evaluated: make "
             f"save_strategy ({saves}) and eval_strategy ({evaluates}) the same"
+        )
+    if values.get("ignore_data_skip"):
+        yield (
+            f"{origin['ignore_data_skip']}: ignore_data_skip would read rows again after a restart; leave it out, "
+            "skipping takes no time here"
+        )
+    if values.get("save_on_each_node"):
+        yield (
+            f"{origin['save_on_each_node']}: save_on_each_node leaves each node with a part of a checkpoint; leave it "
+            "out, and put output_dir on a file system that all nodes share"
+        )
+    if values.get("save_total_limit") in (0, 1):
+        recipe.notes.append(
+            f"{origin['save_total_limit']}: save_total_limit: {values['save_total_limit']} is raised to 2: a "
+            "checkpoint that turns out to be damaged must leave an older one to go on from"
+        )
+        values["save_total_limit"] = 2
+    early = next((key for key in values if key.startswith("early_stopping") and values[key] is not None), None)
+    if early and (values.get("early_stopping_patience") is None or not values.get("metric_for_best_model")):
+        yield (
+            f"{origin[early]}: {early} needs early_stopping_patience (evaluations) and metric_for_best_model, such as "
+            "eval_loss"
+        )
+    elif early and evaluates == "no":
+        yield f"{origin[early]}: {early} says nothing without evaluations; set eval_strategy"
+    unknown = [key for key in values.get("allow_changes") or () if key not in {*SCHEMA["properties"], "data"}]
+    for key in unknown:
+        yield (
+            f"{origin['allow_changes']}: allow_changes names keys of a recipe, and data; {key!r} is none"
+            f"{meant(key, SCHEMA['properties']) or ''}"
         )
     steps, warm = values.get("max_steps", -1), values.get("warmup_steps", 0)
     if all(isinstance(number, (int, float)) for number in (steps, warm)) and 0 < steps <= warm:

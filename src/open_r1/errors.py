@@ -5,6 +5,10 @@ class UserError(ValueError):
     """Something in a recipe, a dataset or a model that its owner can mend; the message says where, what and how."""
 
 
+class Stopped(UserError):
+    """A run that had begun cannot go on. Exit code 1: nothing is wrong with the recipe."""
+
+
 class NoSplit(UserError):
     """A split that a source does not have."""
 

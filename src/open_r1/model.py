@@ -73,19 +73,18 @@ def get_model(
     model_args: "ModelConfig",
     training_args: "SFTConfig",
     tokenizer: PreTrainedTokenizerBase | None = None,
-    weights: str | None = None,
 ) -> PreTrainedModel:
     """Load the model, its vocabulary grown to the tokenizer's where one is given.
 
-    Where `model_name_or_path` is an adapter, its base with the adapter on it, trainable. `weights` is a checkpoint to
-    load instead. Raises `UserError` when the weights cannot be loaded.
+    Where `model_name_or_path` is an adapter, its base with the adapter on it, trainable. Raises `UserError` when the
+    weights cannot be loaded.
     """
     dtype = weights_dtype(model_args, training_args)
     quantization = get_quantization_config(replace(model_args, dtype=dtype))
-    name = weights or model_args.model_name_or_path
+    name = model_args.model_name_or_path
     base = adapter_base(name)
     kwargs: dict[str, Any] = {
-        "revision": None if weights or base else model_args.model_revision,
+        "revision": None if base else model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
         "attn_implementation": model_args.attn_implementation,
         "dtype": dtype,

@@ -24,6 +24,7 @@ RENAMED = {
     "file_name": "dataset_data_files",
     "preprocessing_num_workers": "dataset_num_proc",
     "use_flash_attention_2": "attn_implementation",
+    "resume_from_checkpoint": "resume",
 }
 # ROLL's names for the columns of a flat table, and the part of dataset_mapping that each is.
 COLUMN_KEYS = {
@@ -36,6 +37,8 @@ COLUMN_KEYS = {
 # Names that are gone, and what became of what they asked for.
 GONE = {
     "overwrite_output_dir": "nothing is overwritten: a run goes on from the last checkpoint in output_dir",
+    "enable_jit_checkpoint": "a signal always makes all processes save and stop, at the same step",
+    "restore_callback_states_from_checkpoint": "what a run goes on with is always restored",
     "save_safetensors": "weights are always saved as safetensors",
     "logging_dir": "TensorBoard writes to output_dir/runs, or to $TENSORBOARD_LOGGING_DIR",
     "include_tokens_per_second": "the trainer no longer measures it",
@@ -47,6 +50,7 @@ OLD_VALUES = {
     "packing_strategy": {"ffd": "bfd", "bfd-requeue": "bfd_split"},
     "attn_implementation": {True: "flash_attention_2", False: None},
     "train_sampling_strategy": {True: "group_by_length", False: "random"},
+    "resume": {True: "must", False: "never"},
 }
 # Preparation switches of the older stack: the chat template now says which tokens are added.
 OLD_DATASET_KWARGS = {"add_special_tokens", "append_concat_token"}

@@ -26,6 +26,7 @@ from open_r1.data import Source, asks_nothing, excerpt_of, load_sources, places_
 from open_r1.errors import UserError
 from open_r1.mixture import columns_of, draw, in_proportion, numbered, split
 from open_r1.packing import packed
+from open_r1.run_state import RUN_STATE
 from open_r1.tokenization import COUNTS, Supervision, counts_of, tokenize_source
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def prepare(
         prepared.train.ledger["asked_in_eval"] = int(in_both.sum())
         if others:
             prepared.eval = assemble("eval", others, test, args, packing)
-    if args.process_index == 0:
+    if args.process_index == 0 and not (args.dry_run and Path(args.output_dir, RUN_STATE).exists()):  # a run's own
         write_rejected(args.output_dir, prepared)
     for part in prepared.parts.values():
         ledger.show(part.ledger)
@@ -269,7 +270,8 @@ def assemble(
     if packing:
         ledger.add_packing(closed, made, batch, args.max_length, args.packing_strategy)
         lengths = pc.list_value_length(made.data.column("input_ids")).to_numpy()
-    key = hashlib.sha256(digests[places].tobytes()).hexdigest()[:32]
+    packs = repr((args.packing_strategy, args.max_length)).encode() + lengths.tobytes() if packing else b""
+    key = hashlib.sha256(digests[places].tobytes() + packs).hexdigest()[:32]
     return Part(made, unpacked, names, closed, rejected, tables, lengths, key)
 
 

@@ -1,25 +1,27 @@
 """What follows training: evaluation, model card, upload, and the summary. The model is saved before any of it."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerState
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from trl import SFTTrainer
 
 from open_r1.card import write_manifest
-from open_r1.checkpoints import publish
+from open_r1.checkpoints import SAVING, flush, room, sync
 from open_r1.errors import UserError
 from open_r1.findings import Finding, as_text, has_errors
 from open_r1.handover import answers, parameters, verify
 from open_r1.recipe import Recipe
+from open_r1.stopping import Preempted
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from open_r1.preparation import Prepared
+    from open_r1.trainer import OrderedTrainer
 
 logger = logging.getLogger(__name__)
 # Parameters up to which the saved model answers prompts: on this device, or on the CPU where the weights are sharded.
@@ -27,36 +29,47 @@ ANSWERS, ANSWERS_ON_CPU = 1_000_000_000, 200_000_000
 ANSWER_TOKENS = 64
 
 
-def train(trainer: SFTTrainer, checkpoint: str | None) -> None:
-    """Train, from a checkpoint where there is one, and save model, state and metrics before anything else."""
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    trainer.save_model(trainer.args.output_dir, _internal_call=True)  # without pushing: that comes last
-    save_stops(trainer)
-    trainer.save_state()
-    trainer.save_metrics("train", metrics)
+def train(trainer: "OrderedTrainer", checkpoint: str | None) -> None:
+    """Train, from a checkpoint where there is one, and save model, state and metrics before anything else.
+
+    Raises `Preempted` when the run was told to stop: it is saved, and there is no final model.
+    """
+    out = Path(trainer.args.output_dir)
+    with room(out, "the run"):
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if trainer.preempted:
+        step = trainer.state.global_step
+        raise Preempted(f"{trainer.stop.signal or 'a signal to another process'}, saved as checkpoint-{step}")
+    with room(out, "the final model"):
+        save_model(trainer, out)
+        trainer.save_state()
+        trainer.save_metrics("train", metrics)
 
 
-def restore(trainer: SFTTrainer, checkpoint: str) -> None:
-    """Take model and state from a checkpoint of the last step instead of training."""
-    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    trainer.state.is_world_process_zero = trainer.is_world_process_zero()
+def save_model(trainer: SFTTrainer, out: Path) -> None:
+    """Save the final model so that each of its files is the old one or the new one, whatever happens meanwhile."""
+    staged = out / SAVING / "final"
     if trainer.is_world_process_zero():
-        publish(checkpoint, trainer.args.output_dir)
-    save_stops(trainer)
-    trainer.save_state()
-
-
-def save_stops(trainer: SFTTrainer) -> None:
-    """Save the generation config beside an adapter, which PEFT does not: it says where answers stop."""
+        shutil.rmtree(out / SAVING, ignore_errors=True)
+        staged.mkdir(parents=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(staged), _internal_call=True)  # without pushing: that comes last
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.is_world_process_zero() and hasattr(model, "peft_config"):
-        model.generation_config.save_pretrained(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        if hasattr(model, "peft_config"):  # PEFT does not save what says where answers stop
+            model.generation_config.save_pretrained(staged)
+        flush(staged)
+        for path in staged.iterdir():
+            path.replace(out / path.name)
+        sync(out)
+        shutil.rmtree(out / SAVING)
+    trainer.accelerator.wait_for_everyone()
 
 
-def after_saving(trainer: SFTTrainer, recipe: Recipe, prepared: "Prepared") -> bool:
+def after_saving(trainer: SFTTrainer, recipe: Recipe, prepared: "Prepared") -> list[str]:
     """Evaluate, write manifest and card, verify what was saved, push: none can lose the model any more.
 
-    Returns whether one of them failed; what is found wrong is still pushed.
+    Returns which of them failed; what is found wrong is still pushed.
     """
 
     def evaluation() -> None:
@@ -70,15 +83,15 @@ def after_saving(trainer: SFTTrainer, recipe: Recipe, prepared: "Prepared") -> b
     steps["verification"] = lambda: verification(trainer, prepared.train.unpacked)
     if trainer.args.push_to_hub:
         steps["push"] = trainer.push_to_hub
-    failed = False
+    failed = []
     for name, step in steps.items():
         try:
             step()
         except UserError as error:
-            failed = True
+            failed.append(name)
             logger.error("%s failed:\n%s", name, error)
         except Exception:
-            failed = True
+            failed.append(name)
             logger.exception("%s failed; the trained model is safe in %s", name, trainer.args.output_dir)
     return failed
 

@@ -4,7 +4,8 @@
 
 Any key of the recipe can be overridden behind it (`--learning_rate 1e-5`); `--help` lists them all. Started again, a
 run goes on from the last complete checkpoint in its output_dir. Exit code 0: trained, saved and verified; 1: something
-failed; 2: the recipe, the data or the model needs mending, the message says how.
+failed; 2: the recipe, the data or the model needs mending, the message says how; 75: told to stop by a signal, saved,
+and to be started again. Launchers turn all of them into 1: `run_state.json` in output_dir says what became of a run.
 """
 
 import atexit
@@ -17,9 +18,12 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a script: what stands beside it must not hide other packages' modules
     sys.path[0] = str(Path(__file__).parents[1])
 
-from open_r1.checkpoints import at_last_step, checkpoint_to_resume, finished, record, require_same_data
-from open_r1.errors import UserError
+from open_r1.checkpoints import checkpoint_to_resume
+from open_r1.errors import Stopped, UserError
 from open_r1.recipe import Recipe, load_recipe, set_environment, written_out
+from open_r1.resuming import finished, launch_of, require_same_run, require_steps_left, verified
+from open_r1.run_state import held, holder, record, record_end
+from open_r1.stopping import EXIT_CODE, Preempted, Stop, heeded
 
 if TYPE_CHECKING:
     from open_r1.configs import ModelConfig, ScriptArguments, SFTConfig
@@ -35,34 +39,56 @@ def main(argv: list[str] | None = None) -> int:
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     try:
         recipe = load_recipe(sys.argv[1:] if argv is None else argv)
-        return run(recipe)
+        output_dir = recipe.values.setdefault("output_dir", "data/sft")
+        with heeded() as stop:
+            if recipe.values.get("dry_run") not in (None, False):
+                return run(recipe, stop)
+            if (step := finished(output_dir, recipe.values)) is not None:
+                logger.info("this run finished at step %d, its model is in %s: nothing to do", step, output_dir)
+                return 0
+            with held(output_dir):
+                return begun(recipe, stop)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"\n{error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, Stopped) else 2
+    except Preempted as signal:
+        logger.warning("stopped: %s; the same command goes on", signal)
+        return EXIT_CODE
 
 
-def run(recipe: Recipe) -> int:
+def begun(recipe: Recipe, stop: Stop) -> int:
+    """Run it, and see to it that `run_state.json` says how it ended, whatever ends it."""
+    output_dir = recipe.values["output_dir"]
+    try:
+        return run(recipe, stop)
+    except BaseException as error:
+        stop.leaving = True  # the launcher's signals to those that are left must not cut this short
+        told = isinstance(error, Preempted)
+        reason = str(error) if told or isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        record_end(output_dir, "preempted" if told else "failed", reason)
+        raise
+
+
+def run(recipe: Recipe, stop: Stop) -> int:
     """Train what the recipe says; returns the exit code. Heavy imports come after all that can fail without them."""
     set_environment(recipe)
     for note in recipe.notes:
         logger.warning(note)
-    output_dir, settings = recipe.values.setdefault("output_dir", "data/sft"), recipe.values
-    dry = settings.get("dry_run") not in (None, False)
-    if not dry and (step := finished(output_dir, settings)) is not None:
-        logger.info("this run finished at step %d and its model is in %s: nothing to do", step, output_dir)
-        return 0
-    checkpoint = checkpoint_to_resume(output_dir, recipe.values.get("resume_from_checkpoint"))
+    output_dir, settings = recipe.values["output_dir"], recipe.values
+    checkpoint = checkpoint_to_resume(output_dir, settings.get("resume", "auto"))
 
     from transformers import set_seed
 
     from open_r1 import ledger, preflight
     from open_r1.callbacks import get_callbacks, ready_branch
+    from open_r1.card import code, versions
     from open_r1.chat import get_tokenizer
     from open_r1.model import adapter_config, check_model, get_model
+    from open_r1.order import order_of
     from open_r1.preparation import prepare
-    from open_r1.report import after_saving, end, restore, summarize, train
-    from open_r1.trainer import OrderedTrainer, order_of, tell_libraries, trainer_arguments
+    from open_r1.report import after_saving, end, summarize, train
+    from open_r1.trainer import OrderedTrainer, tell_libraries, trainer_arguments
 
     script_args, training_args, model_args = build_configs(recipe)
     tell_libraries(training_args)
@@ -80,17 +106,35 @@ def run(recipe: Recipe) -> int:
             findings, plan, training_args.dry_run == "json", shown=training_args.process_index == 0
         )
     preflight.require(findings)
-    require_same_data(output_dir, checkpoint, prepared.train.key)
+    facts = {
+        "settings": settings,
+        "data": prepared.train.key,
+        "order": order.facts,
+        "rows_a_step": order.batch,
+        "processes": training_args.world_size,
+        "launch": launch_of(training_args),
+        "versions": versions(),
+        "code": code(),
+    }
+    checkpoint, passed = verified(checkpoint, output_dir, settings.get("resume", "auto"))
+    earlier = {"checkpoint": checkpoint, "passed": passed}
+    if checkpoint is not None:
+        earlier |= require_same_run(checkpoint, facts)
+        require_steps_left(checkpoint, order, training_args)
     if training_args.process_index == 0:
         ready_branch(training_args, resuming=checkpoint is not None)
-        record(output_dir, "running", 0, settings, prepared.train.key)
+        begins = {"status": "running", "reason": "", "global_step": earlier.get("step", 0), **holder()}
+        record(output_dir, **begins, **facts)
         Path(output_dir, "recipe.yaml").write_text(written_out(recipe), encoding="utf-8")
         ledger.write(output_dir, {name: part.ledger for name, part in prepared.parts.items()})
-    trained = at_last_step(checkpoint)
-    model = get_model(model_args, training_args, tokenizer, weights=checkpoint if trained else None)
+    model = get_model(model_args, training_args, tokenizer)
     trainer = OrderedTrainer(
         order=order,
-        data=prepared.train.key,
+        part=prepared.train,
+        facts=facts,
+        earlier=earlier,
+        stop=stop,
+        limit=training_args.save_total_limit,
         model=model,
         args=trainer_arguments(training_args),
         train_dataset=prepared.train.rows,
@@ -99,14 +143,13 @@ def run(recipe: Recipe) -> int:
         peft_config=adapter_config(model_args, model, tokenizer),
         callbacks=callbacks,
     )
-    if trained:  # a run that was stopped after its last step: its checkpoint is the model
-        restore(trainer, checkpoint)
-    else:
-        train(trainer, checkpoint)
+    train(trainer, checkpoint)
     failed = after_saving(trainer, recipe, prepared)
     if trainer.is_world_process_zero():
-        if not failed:
-            record(output_dir, "complete", trainer.state.global_step, settings, prepared.train.key)
+        if failed:
+            record_end(output_dir, "failed", f"the model is saved, but failed: {', '.join(failed)}")
+        else:
+            record(output_dir, status="complete", global_step=trainer.state.global_step)
         summarize(trainer)
     end(trainer)
     return 1 if failed else 0

@@ -1,29 +1,35 @@
-"""TRL's `SFTTrainer`, the order in which it reads rows, and what it and the libraries around it are told.
+"""TRL's `SFTTrainer` with what it takes to stop anywhere and go on as if nothing had been.
 
-The order follows from the rows, the seed and the global batch size alone. Rows reach the trainer prepared.
+Rows reach it prepared, and it reads them in an `Order`. Its checkpoints are complete or not there, hold what upstream
+forgets between two logs, and are as good at any step; what is no number never reaches the weights.
 """
 
 import copy
-import hashlib
 import json
 import os
+import shutil
 import sys
-from array import array
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
-import numpy as np
+import torch
 import transformers
+from accelerate.utils import gather_object
 from huggingface_hub import HfApi
-from torch.utils.data import Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import IntervalStrategy
 from trl import SFTTrainer
 
+from open_r1 import checkpoints, faults
 from open_r1.callbacks import NOT_PUSHED
 from open_r1.card import write_card
-from open_r1.errors import UserError
+from open_r1.errors import Stopped, UserError
+from open_r1.order import Order, cut_back, line_of, require_rows, require_same_order
+from open_r1.resuming import OPTIMIZER, SCHEDULE, changed
+from open_r1.run_state import record
+from open_r1.stopping import Stop, ignore_in_worker
 
 if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
@@ -40,171 +46,433 @@ PRIVATE = [
     "ledger.json",
     "runs/*",
 ]
-BLOCK = 50  # global batches within which group_by_length sorts rows; as upstream, at most a quarter of them all
 
 
-class Order(Sampler[int]):
-    """The rows of an epoch, in the order that all ranks together take them.
+class Course(TrainerCallback):
+    """The trainer's events, for a run that can stop anywhere: `OrderedTrainer` has what they call."""
 
-    The rows of a run are one stream: permutation 0 of all rows, permutation 1, and so on, each drawn from the seed and
-    its number. Optimiser step k (from 0) takes `stream[k * batch : (k + 1) * batch]`, whatever the number of ranks and
-    the accumulation: accelerate deals batches out in turn. An epoch of the trainer is `steps` whole steps, so what is
-    left of a permutation is the beginning of the next epoch, and no row is read twice to fill a batch.
-
-    `lengths` are the tokens of each row, `batch` the rows of a step, `epoch` the one that is read next. `drawn` are
-    the rows that were taken from the epoch so far, those that a resumed run skips included.
-    """
-
-    def __init__(self, lengths: np.ndarray, seed: int, batch: int, strategy: str, longest_first: bool) -> None:
-        self.lengths, self.seed, self.batch = lengths, seed, batch
-        self.strategy, self.longest_first = strategy, longest_first
-        self.epoch = 0
-        self.drawn = array("q")
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps in an epoch."""
-        return len(self.lengths) // self.batch
-
-    def __len__(self) -> int:
-        return self.steps * self.batch
-
-    def __iter__(self) -> Iterator[int]:
-        self.drawn = array("q")
-        for row in self.rows(self.epoch * len(self), (self.epoch + 1) * len(self)).tolist():
-            self.drawn.append(row)
-            yield row
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """The stream from one position to another, int64."""
-        first, last = start // len(self.lengths), (stop - 1) // len(self.lengths)
-        rows = np.concatenate([self.permutation(number) for number in range(first, last + 1)])
-        return rows[start - first * len(self.lengths) : stop - first * len(self.lengths)]
-
-    def permutation(self, number: int) -> np.ndarray:
-        """Each row once, int64: the part of the stream with this number."""
-        rows = np.arange(len(self.lengths))
-        if self.strategy != "sequential":
-            random = np.random.default_rng([self.seed, number])
-            rows = random.permutation(rows)
-            if self.strategy == "group_by_length":
-                # The first rows complete the last batch of the permutation before; the last begin one, too.
-                head = -number * len(rows) % self.batch
-                whole = slice(head, head + (len(rows) - head) // self.batch * self.batch)
-                rows[whole] = self.grouped(rows[whole], random)
-        return self.with_longest_first(rows) if self.longest_first and number == 0 else rows
-
-    def grouped(self, rows: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """Whole global batches of rows of like length, in a random order; others in every epoch."""
-        size = max(1, min(BLOCK, len(rows) // self.batch // 4)) * self.batch
-        blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
-        blocks = [block[np.argsort(-self.lengths[block], kind="stable")] for block in blocks]
-        return random.permutation(np.concatenate([rows[:0], *blocks]).reshape(-1, self.batch)).ravel()
-
-    def with_longest_first(self, rows: np.ndarray) -> np.ndarray:
-        """The first permutation with the longest global batch in step two and the second longest in step one.
-
-        In step two the optimiser's state is there, so nothing later needs more memory. A longest row that would only
-        come with the next epoch changes places with the longest of this one.
-        """
-        lengths = self.lengths[rows]
-        if (longest := lengths.argmax()) >= len(self):
-            here = lengths[: len(self)].argmax()
-            rows[[here, longest]] = rows[[longest, here]]
-        batches = rows[: len(self)].reshape(self.steps, self.batch)
-        sizes = self.lengths[batches]
-        order = np.arange(self.steps)
-        largest = np.lexsort((sizes.sum(axis=1), sizes.max(axis=1)))[::-1]
-        for place, number in zip((1, 0) if self.steps > 1 else (0,), largest, strict=False):
-            there = np.flatnonzero(order == number)[0]
-            order[[place, there]] = order[[there, place]]
-        rows[: len(self)] = batches[order].ravel()
-        return rows
-
-
-def order_of(part: "Part", args: "SFTConfig") -> Order:
-    """The order of a run's rows. Raises `UserError` when there are fewer rows than an optimiser step takes."""
-    processes, rows = args.world_size, len(part.rows)
-    batch = args.train_batch_size * args.gradient_accumulation_steps * processes
-    if rows < batch:
-        most = rows // processes * processes
-        fits = f"set per_device_train_batch_size: 1 and global_batch_size: {most}" if most else "start fewer processes"
-        raise UserError(
-            f"{rows} {'packs' if args.packing else 'rows'} cannot fill one optimiser step, which takes {batch}: "
-            f"per_device_train_batch_size {args.train_batch_size} x gradient_accumulation_steps "
-            f"{args.gradient_accumulation_steps} x {processes} process{'es' if processes > 1 else ''}; {fits}, "
-            f"{'leave packing out, ' if args.packing else ''}or bring more data"
-        )
-    first = args.longest_first
-    if first is None:
-        first = not args.packing and args.train_sampling_strategy != "sequential"
-    seed = args.seed if args.data_seed is None else args.data_seed
-    return Order(part.lengths, seed, batch, args.train_sampling_strategy, first)
-
-
-class OrderLog(TrainerCallback):
-    """Says which epoch the order gives, and writes `order.jsonl`: what each optimiser step took, as it was drawn.
-
-    A line is `step`, `epoch` (the number of the permutation in which the step starts), `rows` (of the SHA-256 of its
-    rows' numbers, int64 little-endian in the order of the stream, 16 hex digits) and `data` (`Part.key`).
-
-    The epoch is said here because neither transformers nor accelerate reaches the sampler of a resumed epoch when
-    there are several ranks (transformers 5.23, accelerate 1.15: a skipping batch sampler around a sharded one).
-    """
-
-    def __init__(self, order: Order, data: str) -> None:
-        self.order, self.data, self.done = order, data, 0
+    def __init__(self, trainer: "OrderedTrainer") -> None:
+        self.trainer = trainer
 
     def on_train_begin(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Leave in the file what the steps before this one took."""
+        """Go on where the checkpoint was, and do what a log or an evaluation of its step still lacks."""
+        trainer = self.trainer
+        trainer.stop.waits = True
+        state.compute_steps(args, state.max_steps)  # upstream keeps the checkpoint's logging, saving and eval steps
         if state.is_world_process_zero:
-            cut_back(Path(args.output_dir) / "order.jsonl", state.global_step)
+            lines = cut_back(Path(args.output_dir) / "order.jsonl", state.global_step)
+            if trainer.earlier.get("order") == trainer.facts["order"] and all(
+                trainer.earlier[key] == trainer.facts[key] for key in ("data", "rows_a_step")
+            ):
+                require_same_order(lines, trainer.order)
+        faults.watch(args.stall_timeout)
+        if trainer.is_deepspeed_enabled:
+            trainer.skipped = trainer.deepspeed.skipped_steps
+            trainer.deepspeed.optimizer.check_grad_overflow = True  # else only in half precision
+        if state.global_step:
+            trainer.restore_progress()
+            trainer.catch_up()
 
     def on_epoch_begin(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Tell the order which epoch is read, and go on counting steps from where it is gone into."""
-        self.order.epoch, self.done = divmod(state.global_step, self.order.steps)
-        if args.ignore_data_skip:
-            self.done = 0
+        """Tell the order which epoch is read.
+
+        Neither transformers nor accelerate reaches the sampler of a resumed epoch when there are several ranks
+        (transformers 5.23, accelerate 1.15: a skipping batch sampler around a sharded one).
+        """
+        self.trainer.order.epoch = state.global_step // self.trainer.order.steps
+
+    def on_step_begin(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count the batches and the loss of a step anew."""
+        self.trainer.micro, self.trainer.step_loss = 0, torch.zeros((), device=args.device)
 
     def on_step_end(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the line of a step; before the trainer saves, so that a checkpoint never knows more than the file."""
-        start = self.done * self.order.batch
-        self.done += 1
-        if not state.is_world_process_zero:
-            return
-        rows = np.array(self.order.drawn[start : start + self.order.batch], dtype="<i8")
-        epoch = (self.order.epoch * len(self.order) + start) // len(self.order.lengths)
-        digest = hashlib.sha256(rows.tobytes()).hexdigest()[:16]
-        line = {"step": state.global_step, "epoch": epoch, "rows": digest, "data": self.data}
-        with (Path(args.output_dir) / "order.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """Write the step's line, before a checkpoint that knows of it; agree with all processes on what comes next."""
+        faults.watch(args.stall_timeout)
+        if state.is_world_process_zero:
+            with (Path(args.output_dir) / "order.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line_of(self.trainer.order, state.global_step, self.trainer.part.key))
+        self.trainer.agree(control)
 
+    def on_epoch_end(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """An epoch that was broken off is none to be evaluated and saved."""
+        if self.trainer.preempted:
+            control.should_evaluate = control.should_save = False
+            control.should_log = False
 
-def cut_back(path: Path, step: int) -> None:
-    """Keep the lines of an `order.jsonl` up to a step. A line that was not written to its end goes, too."""
-    kept: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
-        if not line.endswith("}\n") or json.loads(line)["step"] > step:
-            break
-        kept.append(line)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    def on_prediction_step(
+        self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """An evaluation goes on."""
+        if self.trainer.is_in_train:
+            faults.watch(args.stall_timeout)
+
+    def on_log(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Say in `run_state.json` how far it is."""
+        if state.is_world_process_zero and self.trainer.is_in_train:
+            record(args.output_dir, durable=False, global_step=state.global_step)
+
+    def on_train_end(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Nothing waits for the end of a step any more."""
+        faults.watch(None)
+        self.trainer.stop.waits = False
 
 
 class OrderedTrainer(SFTTrainer):
-    """TRL's trainer, reading rows in an `Order`.
+    """TRL's trainer, reading the rows of `part` in an `Order`, and stopped and resumed exactly.
+
+    `facts` are what a checkpoint says of the run (`resuming.require_same_run`), `earlier` those of the checkpoint it
+    goes on from. `stop` knows of signals.
 
     Upstream's order depends on the launch: with several ranks accelerate fills the end of an epoch with rows from its
     beginning, the last step of an epoch is as small as what is left for it, and `group_by_length` groups by the batch
-    of one rank. There is no other place to give a trainer a sampler than this method.
+    of one rank. There is no other place to give a trainer a sampler than `_get_train_sampler`.
     """
 
-    def __init__(self, *args: Any, order: Order, data: str, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        order: Order,
+        part: "Part",
+        facts: dict[str, Any],
+        earlier: dict[str, Any] | None,
+        stop: Stop,
+        limit: int | None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.order = order
-        self.add_callback(OrderLog(order, data))
+        self.order, self.part, self.stop, self.limit = order, part, stop, limit
+        self.facts, self.earlier = facts, earlier or {}
+        self.losses = faults.Losses(self.args.loss_spike)
+        self.preempted = False
+        self.saving = False
+        self.skipped = 0
+        self.seconds, self.started = 0.0, time.time()
+        self.last_norm: float | None = None
+        self.last_rate: float | None = None
+        self.micro, self.step_loss = 0, torch.zeros(())
+        self.add_callback(Course(self))
+
+    # Reading
+
+    def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Order:
+        """The order, of as many rows a step as the trainer takes: auto_find_batch_size makes them fewer."""
+        self.order.batch = self.get_total_train_batch_size(self.args)
+        if self.args.global_batch_size not in (None, self.order.batch):
+            raise UserError(
+                f"global_batch_size: {self.args.global_batch_size} was asked for and a step would take "
+                f"{self.order.batch} rows; take out of the launch config and accelerator_config what changes it"
+            )
+        return self.order
+
+    def get_train_dataloader(self) -> Any:
+        """Upstream's, whose workers leave it to this process to heed signals."""
+        loader = super().get_train_dataloader()
+        seeded = loader.worker_init_fn
+
+        def init(worker: int) -> None:
+            ignore_in_worker(worker)
+            if seeded is not None:
+                seeded(worker)
+
+        loader.worker_init_fn = init
+        return loader
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The batches of a step, seen to be those of the order."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        step, ranks = self.state.global_step + 1, self.args.world_size
+        require_rows(batches, self.part.rows, self.order, step, self.args.process_index, ranks)
+        return batches, items
+
+    # Numbers that are none, and losses that jump
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss; in training, one that is no number stops the run before it is learnt from, on all processes."""
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.is_in_train and model.training:
+            loss = result[0] if isinstance(result, tuple) else result
+            broken = (~torch.isfinite(loss.detach())).to(torch.int32).reshape(1)
+            if (flags := self.accelerator.gather(broken)).any():
+                self.stop_over_loss(flags.flatten().nonzero().flatten().tolist())
+        return result
+
+    def stop_over_loss(self, ranks: list[int]) -> None:
+        """Raise `Stopped`, and name the rows of the batch whose loss is no number: alone, where a row can be tried."""
+        step, world = self.state.global_step + 1, self.args.world_size
+        numbers = self.order.of_step(step).reshape(-1, world, self.args.train_batch_size)[self.micro]
+        mine = numbers[self.args.process_index]
+        if self.args.process_index in ranks and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            bad = [number for number in mine.tolist() if not self.is_finite_alone(number)]
+            mine = mine[[number in bad for number in mine.tolist()]] if bad else mine
+        found = faults.named(self.part, mine) if self.args.process_index in ranks else []
+        self.report_rows("bad_batch.jsonl", {"step": step, "what": "loss is not finite"}, gather_object(found))
+
+    def is_finite_alone(self, number: int) -> bool:
+        """Whether the loss of a row of the prepared data is a number, when it is asked for alone."""
+        columns = ("input_ids", "labels", "seq_lengths")
+        row = {key: value for key, value in self.train_dataset[number].items() if key in columns}
+        inputs = self._prepare_inputs(self.data_collator([row]))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return bool(torch.isfinite(self.model(**inputs, use_cache=False, fused_lm_head=True).log_probs).all())
+
+    def report_rows(self, name: str, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """Write rows to a file in output_dir, from the main process, and raise `Stopped` over them."""
+        if self.is_world_process_zero():
+            faults.write_rows(Path(self.args.output_dir) / name, about, rows)
+        raise Stopped(
+            f"step {about['step']}: {about['what']}, and was not learnt from: {faults.in_words(rows)}; {name} in "
+            f"{self.args.output_dir} has the rows: take them out, lower learning_rate, or try float32. The last "
+            "checkpoint is sound"
+        )
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm of the gradients, over all processes; one that is no number stops the run before a step is taken.
+
+        Not where the loss is scaled (fp16): there it is part of finding the scale, and the step is skipped. DeepSpeed
+        has taken its step already (`training_step`).
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None and not self.is_deepspeed_enabled:
+            self.require_finite_norm(norm)
+        return norm
+
+    def require_finite_norm(self, norm: Any) -> None:
+        """Raise `Stopped`, with the rows of the step, when the norm of its gradients is no number."""
+        if norm is not None and not torch.isfinite(torch.as_tensor(norm)).all():
+            step = self.state.global_step + 1
+            rows = faults.named(self.part, self.order.of_step(step)) if self.is_world_process_zero() else []
+            about = {"step": step, "what": f"the gradients are not finite (their norm is {float(norm)})"}
+            self.report_rows("bad_batch.jsonl", about, rows)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward. DeepSpeed steps in here, or skips the step where gradients overflow."""
+        loss = super().training_step(*args, **kwargs)
+        self.micro += 1
+        self.step_loss = self.step_loss + loss.detach().float()
+        if self.is_deepspeed_enabled and (skipped := self.deepspeed.skipped_steps) > self.skipped:
+            self.skipped = skipped
+            if not self.args.fp16:
+                self.require_finite_norm(float("nan"))
+            faults.logger.warning("gradients overflowed and their step was skipped, %d of them so far", skipped)
+        return loss
+
+    # Stopping
+
+    def agree(self, control: TrainerControl) -> None:
+        """At the end of a step: what any process was told, all do. One sum over all processes, of three numbers."""
+        asked = Path(self.args.output_dir) / "CHECKPOINT_NOW"
+        wanted = self.is_world_process_zero() and asked.exists()
+        told = torch.tensor([bool(self.stop.signal), wanted], dtype=torch.float32, device=self.args.device)
+        mean = (self.step_loss / self.args.world_size).to(self.args.device)
+        stopping, saving, loss = self.accelerator.reduce(torch.cat([told, mean.reshape(1)]), "sum").tolist()
+        self.report_spike(loss)
+        if saving:
+            control.should_save = True
+            asked.unlink(missing_ok=True)
+        if stopping:
+            self.preempted = control.should_save = control.should_training_stop = True
+            if self.state.global_step < self.state.max_steps:
+                control.should_evaluate = False  # what a resumed run begins with: `catch_up`
+
+    def report_spike(self, loss: float) -> None:
+        """Report a loss that is far above those before it, with the rows of the step."""
+        usual = self.losses.spike(loss)
+        if usual is not None and self.is_world_process_zero():
+            rows = faults.named(self.part, self.order.of_step(self.state.global_step))
+            about = {"step": self.state.global_step, "loss": loss, "median": usual}
+            faults.write_rows(Path(self.args.output_dir) / "loss_spikes.jsonl", about, rows)
+            faults.logger.warning(
+                "step %d: the loss is %.4f, the median of those before is %.4f; loss_spikes.jsonl has its rows: %s",
+                *(self.state.global_step, loss, usual, faults.in_words(rows)),
+            )
+
+    # Saving
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where checkpoints go: out of sight while they are written."""
+        out = super()._get_output_dir(trial)
+        return str(Path(out) / checkpoints.SAVING) if self.saving else out
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint that is complete or not there. One that is there already is never written over."""
+        out, step = Path(self.args.output_dir), self.state.global_step
+        name = f"checkpoint-{step}"
+        if not checkpoints.lacks_files(out / name) and str(out / name) not in self.earlier.get("passed", {}):
+            return
+        with checkpoints.room(out, name):
+            if self.args.should_save:
+                shutil.rmtree(out / checkpoints.SAVING, ignore_errors=True)
+                checkpoints.require_room(out, name)
+                (out / checkpoints.SAVING).mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self.saving = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.saving = False
+            staged = out / checkpoints.SAVING / name
+            self.settle_best(out, staged)
+            self.save_progress(staged)
+            self.accelerator.wait_for_everyone()
+            self.seal(staged)
+            if self.args.should_save:
+                checkpoints.publish(staged, out)
+                record(str(out), global_step=step)
+                checkpoints.rotate(out, self.limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def settle_best(self, out: Path, staged: Path) -> None:
+        """Say where the best checkpoint is; upstream looks for it where this one is being written."""
+        best = out / f"checkpoint-{self.state.best_global_step}"
+        if best.exists() or best.name == staged.name:
+            self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+
+    def seal(self, staged: Path) -> None:
+        """Flush a checkpoint and write its seal. Every process takes its share of the digests."""
+        if self.accelerator.is_local_main_process:
+            checkpoints.flush(staged)
+        self.accelerator.wait_for_everyone()
+        names = checkpoints.files_of(staged)
+        pairs = gather_object([(name, checkpoints.digest(staged / name)) for name in self.share(names)])
+        resumable = not self.args.save_only_model
+        if resumable and (lacking := checkpoints.state_missing(staged, self.args.world_size)):
+            raise Stopped(
+                f"{staged.name} was written, and process {self.args.process_index} does not see the {lacking} in it; "
+                "output_dir must be on a file system that all nodes share"
+            )
+        if self.args.should_save:
+            facts = {"step": self.state.global_step, "resumable": resumable, **self.facts}
+            checkpoints.seal(staged, dict(pairs), facts)
+            checkpoints.sync(staged)
+
+    def share(self, names: list[str]) -> list[str]:
+        """This process's part of some files."""
+        return names[self.args.process_index :: self.args.world_size]
+
+    # What upstream forgets between a checkpoint and the next log
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, learning_rate: float | None = None, **kwargs: Any
+    ) -> None:
+        """Upstream's, remembering what a log of this step would say."""
+        self.last_norm = None if grad_norm is None else float(grad_norm)
+        self.last_rate = learning_rate
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs)
+
+    def save_progress(self, staged: Path) -> None:
+        """Save what is summed up for the next log and for the whole run, of this process. JSON keeps every bit."""
+        progress = {
+            "tr_loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+            "logged": self._globalstep_last_logged,
+            "grad_norm": self.last_norm,
+            "learning_rate": self.last_rate,
+            "metrics": {key: list(values) for key, values in self._metrics["train"].items()},
+            "tokens": self._total_train_tokens,
+            "losses": list(self.losses.last),
+            "seconds": self.seconds + time.time() - self.started,
+        }
+        path = staged / f"progress_{self.args.process_index}.json"
+        path.write_text(json.dumps(progress) + "\n", encoding="utf-8")
+
+    def restore_progress(self) -> None:
+        """Go on with the sums of the checkpoint. Other processes than then take the mean of the losses."""
+        folder = Path(self.earlier["checkpoint"])
+        saved = [
+            json.loads((folder / f"progress_{rank}.json").read_text("utf-8"))
+            for rank in range(self.earlier["processes"])
+        ]
+        one = saved[self.args.process_index % len(saved)]
+        loss = one["tr_loss"]
+        if len(saved) != self.args.world_size:
+            loss = sum(each["tr_loss"] for each in saved) / len(saved)
+        self._tr_loss = torch.tensor(loss, device=self.args.device)
+        self._total_loss_scalar, self._globalstep_last_logged = one["total_loss"], one["logged"]
+        self._metrics["train"].update(one["metrics"])
+        self._total_train_tokens = one["tokens"]
+        self.last_norm, self.last_rate = one["grad_norm"], one["learning_rate"]
+        self.losses.last.extend(one["losses"])
+        self.seconds, self.started = one["seconds"], time.time()
+        saved = self.state.stateful_callbacks.get("EarlyStoppingCallback")
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback) and saved:
+                spent = saved["attributes"]["early_stopping_patience_counter"]
+                callback.early_stopping_patience_counter = spent
+                self.control.should_training_stop = spent >= callback.early_stopping_patience
+
+    def catch_up(self) -> None:
+        """Log and evaluate what belongs to the checkpoint's step and comes behind its save: at the end of an epoch, or
+        where the run was told to stop."""
+        args, step = self.args, self.state.global_step
+        self.model.train()  # which metrics TRL logs
+        here = [entry for entry in self.state.log_history if entry.get("step") == step]
+        ended = step % self.order.steps == 0
+        by_steps = args.eval_strategy == IntervalStrategy.STEPS and step % self.state.eval_steps == 0
+        by_epoch = args.eval_strategy == IntervalStrategy.EPOCH and ended
+        self.control.should_log = (
+            args.logging_strategy == IntervalStrategy.EPOCH and ended and not any("loss" in entry for entry in here)
+        )
+        self.control.should_evaluate = (
+            (by_steps or by_epoch)
+            and args.eval_delay <= (step if by_steps else self.state.epoch)
+            and not any("eval_loss" in entry for entry in here)
+        )
+        self._maybe_log_save_evaluate(
+            *(self._tr_loss, self.last_norm, self.model_wrapped, None, self.state.epoch, None, time.time()),
+            learning_rate=self.last_rate,
+        )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Upstream's, unless nothing is left to train: it would train a step more (transformers 5.23)."""
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        """The metrics of the whole run, not of what was trained since it was last started."""
+        self._initial_global_step = 0
+        return super()._finalize_training(trial, num_train_samples, start_time - self.seconds)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Upstream's, and what `allow_changes` lets through: it would silently keep the checkpoint's."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        changes = changed(self.earlier["settings"], self.facts["settings"]) if checkpoint else {}
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it under DeepSpeed
+        groups = self.optimizer.param_groups
+        if set(changes) & set(OPTIMIZER):
+            for group, fresh in zip(groups, self.fresh, strict=True):
+                group.update(fresh, lr=group["lr"], initial_lr=fresh["lr"])
+            scheduler.base_lrs = [fresh["lr"] for fresh in self.fresh]
+        if set(changes) & set(SCHEDULE):
+            if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+                named = ", ".join(sorted(set(changes) & set(SCHEDULE)))
+                raise Stopped(f"allow_changes: {named} cannot be changed under {type(scheduler).__name__}")
+            for group, base, share in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+                group["lr"] = base * share(scheduler.last_epoch)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Upstream's; remembers what it is made with."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self.fresh = [
+            {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        ]
+        return optimizer
+
+    def _load_best_model(self) -> None:
+        """Upstream's, from a checkpoint that is as it was saved; not where the run is to go on."""
+        best = Path(self.state.best_model_checkpoint)
+        if self.preempted:
+            return
+        wrong = checkpoints.what_it_lacks(best) or checkpoints.damage(best, self.share, gather_object)
+        if wrong and "save_only_model" not in wrong:
+            raise Stopped(
+                f"{best}, the best checkpoint, cannot be loaded: {wrong}; the last one is whole: set "
+                "load_best_model_at_end: false to end with that"
+            )
+        super()._load_best_model()
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write the model card from the run's manifest, also where upstream would write its own over it."""
@@ -227,16 +495,6 @@ class OrderedTrainer(SFTTrainer):
             ignore_patterns=PRIVATE,
         )
 
-    def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Order:
-        """The order, of as many rows a step as the trainer takes: auto_find_batch_size makes them fewer."""
-        self.order.batch = self.get_total_train_batch_size(self.args)
-        if self.args.global_batch_size not in (None, self.order.batch):
-            raise UserError(
-                f"global_batch_size: {self.args.global_batch_size} was asked for and a step would take "
-                f"{self.order.batch} rows; take out of the launch config and accelerator_config what changes it"
-            )
-        return self.order
-
 
 def trainer_arguments(args: "SFTConfig") -> "SFTConfig":
     """A copy of the training arguments in which everything that preparation has honoured is neutral.
@@ -252,6 +510,7 @@ def trainer_arguments(args: "SFTConfig") -> "SFTConfig":
     told.model_init_kwargs = None
     if told.padding_free and not told.packing:
         told.max_length = None  # rows are cut already; TRL refuses a limit it would not enforce
+    told.save_total_limit = None  # the trainer's rotation counts directories; ours counts complete checkpoints
     told.use_cache = True  # saved into config.json for serving; TRL switches it off in every training step itself
     told.push_to_hub = args.push_to_hub or args.push_to_hub_revision
     if told.push_to_hub and args.hub_model_revision != "main":
