@@ -6,6 +6,7 @@ The order follows from the rows, the seed and the global batch size alone. Rows 
 import copy
 import hashlib
 import json
+import logging
 import os
 import sys
 from array import array
@@ -21,7 +22,7 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import SFTTrainer
 
-from open_r1.callbacks import NOT_PUSHED
+from open_r1.callbacks import upload
 from open_r1.card import write_card
 from open_r1.errors import UserError
 
@@ -29,17 +30,7 @@ if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
     from open_r1.preparation import Part
 
-# What stays at home: state to go on from, pickles, and files that hold rows or paths of this machine.
-PRIVATE = [
-    *NOT_PUSHED,
-    "_*",
-    "checkpoint-*",
-    "rejected.jsonl",
-    "run_state.json",
-    "recipe.yaml",
-    "ledger.json",
-    "runs/*",
-]
+logger = logging.getLogger(__name__)
 BLOCK = 50  # global batches within which group_by_length sorts rows; as upstream, at most a quarter of them all
 
 
@@ -211,21 +202,32 @@ class OrderedTrainer(SFTTrainer):
         if self.is_world_process_zero() and Path(self.args.output_dir, "manifest.json").exists():
             write_card(self.args.output_dir)
 
-    def push_to_hub(self, commit_message: str = "End of training", blocking: bool = True, **_: Any) -> Any:
+    def push_to_hub(self, commit_message: str = "End of training", **_: Any) -> Any:
         """Push what serving needs and what says how it was made. Upstream pushes rejected rows and pickles too."""
         if not self.is_world_process_zero():
             return None
         if self.hub_model_id is None:
             self.init_hf_repo()
         self.create_model_card()
-        return HfApi(token=self.args.hub_token).upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=self.args.output_dir,
-            commit_message=commit_message,
-            run_as_future=not blocking,
-            revision=self.args.hub_revision,
-            ignore_patterns=PRIVATE,
-        )
+        api = HfApi(token=self.args.hub_token)
+        return upload(api, self.hub_model_id, self.args.output_dir, self.args.hub_revision, commit_message)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push the servable part of a checkpoint from where it lies, `push_to_hub` and `hub_strategy: every_save`.
+
+        Upstream copies weights and pickled arguments into output_dir, over those of a finished model, and uploads
+        whatever else is there. The upload ends before training goes on, so that rotation cannot delete what is being
+        read; a failed one is reported and never stops training.
+        """
+        if not self.is_world_process_zero() or self.args.hub_strategy == "end":
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        try:
+            api = HfApi(token=self.args.hub_token)
+            upload(api, self.hub_model_id, checkpoint_folder, self.args.hub_revision, message)
+        except Exception:
+            logger.exception("%s was not pushed to %s; training goes on", checkpoint_folder, self.hub_model_id)
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Order:
         """The order, of as many rows a step as the trainer takes: auto_find_batch_size makes them fewer."""
