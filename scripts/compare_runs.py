@@ -16,8 +16,9 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from open_r1.checkpoints import RUN_STATE, checkpoints
+from open_r1.checkpoints import checkpoints
 from open_r1.errors import UserError
+from open_r1.run_state import RUN_STATE
 from open_r1.schema import SECRET
 
 ORDER, STATE, MANIFEST = "order.jsonl", "trainer_state.json", "manifest.json"

@@ -87,7 +87,8 @@ NARROWED |= {
         use_configured_state="boolean",
     ),
 }
-# What a recipe may set in the environment: nothing that says where code, files or credentials come from.
+# What a recipe may set in the environment: nothing that says where code, files or credentials come from, where files
+# or requests (which carry tokens) go, or that uploads checkpoints as a whole (WANDB_LOG_MODEL).
 ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "how many queues a GPU has",
     "HF_HUB_DOWNLOAD_TIMEOUT": "seconds until a download counts as stalled",
@@ -105,7 +106,6 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false: one thread a tokenizer",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "how NCCL's errors end a process",
     "TORCH_NCCL_TRACE_BUFFER_SIZE": "collectives that NCCL's flight recorder keeps",
-    "WANDB_LOG_MODEL": "what W&B uploads of the model",
     "WANDB_MODE": "online, offline or disabled",
     "WANDB_NOTES": "W&B's notes on the run",
     "WANDB_TAGS": "W&B's tags of the run",

@@ -48,11 +48,12 @@ def merge(path: Path, out: Path, dtype: str | None, trust_remote_code: bool) -> 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from open_r1.handover import quiet, with_adapter
-    from open_r1.model import adapter_base
+    from open_r1.model import adapter_base, require_safetensors
 
     name = adapter_base(str(path))
     if name is None:
         raise UserError(f"{path}: is no adapter: it has no adapter_config.json")
+    require_safetensors(path, name)
     with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -75,7 +76,9 @@ def merge(path: Path, out: Path, dtype: str | None, trust_remote_code: bool) -> 
             written = Path(scratch) / "model"
             merged.to(getattr(torch, dtype)).save_pretrained(written)
             tokenizer.save_pretrained(written)
-            again = AutoModelForCausalLM.from_pretrained(written, trust_remote_code=trust_remote_code)
+            again = AutoModelForCausalLM.from_pretrained(
+                written, use_safetensors=True, trust_remote_code=trust_remote_code
+            )
             if not same(f"saved in {dtype}", wanted, logits(again.eval(), ids), dtype):
                 return 1
             written.rename(out)
@@ -89,9 +92,8 @@ def load_base(path: Path, name: str, trust_remote_code: bool) -> "tuple[PreTrain
     from transformers import AutoModelForCausalLM
 
     quantization = quantization_of(path)
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype="auto", quantization_config=quantization, trust_remote_code=trust_remote_code
-    )
+    how = {"quantization_config": quantization, "trust_remote_code": trust_remote_code}
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True, **how)
     dtype = str(model.dtype).removeprefix("torch.")
     if getattr(model, "is_quantized", False):
         print(f"{name} is quantised as in training, and dequantised")

@@ -77,7 +77,7 @@ def main() -> None:
     disable_progress_bar()
     rows = [json.loads(line) for line in args.problems.read_text(encoding="utf-8").splitlines()[: args.limit]]
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True).eval()
     samples: list[Sample] = []
     for start in range(0, len(rows), args.batch_size):
         batch = rows[start : start + args.batch_size]

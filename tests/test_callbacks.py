@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from transformers import TrainerControl, TrainerState
 
 from open_r1.callbacks import PushToHubRevision, get_callbacks, ready_branch
@@ -13,13 +14,16 @@ from open_r1.errors import UserError
 class Hub:
     """What `HfApi` does here: repositories as {branch: [files]}."""
 
-    def __init__(self, branches=()):
-        self.branches = dict(branches)
+    def __init__(self, branches=(), private=None):
+        self.branches, self.private = dict(branches), private
         self.uploads = []
 
     def create_repo(self, name, private=None, exist_ok=False):
-        self.private = private
+        self.private = private if self.private is None else self.private
         return SimpleNamespace(repo_id=f"me/{name}")
+
+    def repo_info(self, repo):
+        return SimpleNamespace(private=self.private)
 
     def list_repo_refs(self, repo):
         return SimpleNamespace(branches=[SimpleNamespace(name=name) for name in self.branches])
@@ -45,13 +49,29 @@ def save(hub, args, step=100, main=True):
 
 def test_a_checkpoint_goes_to_its_own_branch_without_what_stays_at_home(tmp_path):
     hub = Hub()
-    save(hub, arguments(tmp_path, hub_model_revision="v1", hub_private_repo=True))
+    save(hub, arguments(tmp_path, hub_model_revision="v1"))
     (upload,) = hub.uploads
     assert upload["repo_id"] == "me/m"
     assert upload["revision"] == "v1-step-000000100"
     assert upload["folder_path"].endswith("checkpoint-100")
-    assert {"optimizer*", "training_args.bin", "rng_state*"} <= set(upload["ignore_patterns"])
+    files = ["model-00001-of-00002.safetensors", "config.json", "optimizer.pt", "training_args.bin", "rng_state.pth"]
+    pushed = list(filter_repo_objects(files, allow_patterns=upload["allow_patterns"]))
+    assert pushed == ["model-00001-of-00002.safetensors", "config.json"]
     assert hub.private is True
+
+
+def test_what_is_pushed_is_private_unless_the_recipe_says_otherwise(tmp_path, caplog):
+    public = Hub(private=False)
+    save(public, arguments(tmp_path))
+    assert public.uploads == []
+    assert "me/m is public: make it private, or set hub_private_repo: false" in caplog.text
+    with pytest.raises(UserError, match="me/m is public"):
+        ready_branch(arguments(tmp_path, push_to_hub=True), public)
+    save(public, arguments(tmp_path, hub_private_repo=False))
+    assert len(public.uploads) == 1
+    new = Hub()
+    save(new, arguments(tmp_path, hub_private_repo=False))
+    assert (new.private, len(new.uploads)) == (False, 1)
 
 
 def test_only_the_main_process_pushes(tmp_path):

@@ -14,8 +14,16 @@ if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
 
 logger = logging.getLogger(__name__)
-# Resume state and the pickled arguments stay at home.
-NOT_PUSHED = ["optimizer*", "scheduler*", "rng_state*", "global_step*", "training_args.bin", "*.pt", "*.pth"]
+# All that leaves this machine: what serving needs, the card, and how the model was made. Whatever else lies in a
+# directory (state to go on from, pickles, rows, logs) stays, known by name or not. `*` matches `/`, too, so that a
+# pattern has to begin with a name of its own.
+PUSHED = [
+    *("model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors", "adapter_config.json"),
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja", "README.md", "manifest.json"),
+    *("modeling_*.py", "configuration_*.py", "tokenization_*.py"),  # of a model with code of its own
+]
 
 
 class PushToHubRevision(TrainerCallback):
@@ -30,7 +38,7 @@ class PushToHubRevision(TrainerCallback):
 
     def on_save(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Push `checkpoint-<step>` from the main process."""
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero or getattr(control, "preempted", False):
             return
         branch = f"{args.hub_model_revision}-step-{state.global_step:09d}"
         folder = f"{args.output_dir}/checkpoint-{state.global_step}"
@@ -47,7 +55,9 @@ def ready_branch(args: "SFTConfig", api: HfApi | None = None, resuming: bool = F
     api = api or HfApi()
     name = args.hub_model_id or Path(args.output_dir).absolute().name
     try:
-        repo = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+        repo = ready_repo(api, args, name)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"push_to_hub: {name} cannot be pushed to: {error}; log in with `hf auth login`") from error
     if not resuming:
@@ -55,19 +65,28 @@ def ready_branch(args: "SFTConfig", api: HfApi | None = None, resuming: bool = F
     api.create_branch(repo, branch=args.hub_model_revision, exist_ok=True)
 
 
+def ready_repo(api: HfApi, args: "SFTConfig", name: str) -> str:
+    """The id of the repository, made private unless the recipe says otherwise. Raises `UserError` for a public one."""
+    repo = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
+    if args.hub_private_repo and not api.repo_info(repo).private:
+        raise UserError(f"{repo} is public: make it private, or set hub_private_repo: false to publish this model")
+    return repo
+
+
 def push_folder(api: HfApi, args: "SFTConfig", folder: str, branch: str) -> None:
     """Push the servable part of `folder` to `branch` of `hub_model_id`. Raises `UserError` if the branch has files."""
-    repo = api.create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True).repo_id
+    repo = ready_repo(api, args, args.hub_model_id)
     refuse_taken_branch(api, args, repo, branch)
     api.create_branch(repo, branch=branch, exist_ok=True)
-    api.upload_folder(
-        repo_id=repo,
-        folder_path=folder,
-        revision=branch,
-        ignore_patterns=NOT_PUSHED,
-        commit_message=f"Add {folder.rpartition('/')[2]}",
-    )
+    upload(api, repo, folder, branch, f"Add {folder.rpartition('/')[2]}")
     logger.info("%s pushed to %s, branch %s", folder, repo, branch)
+
+
+def upload(api: HfApi, repo: str, folder: str, branch: str | None, message: str) -> Any:
+    """Upload what may leave this machine (`PUSHED`) of a folder: the one place from which anything is uploaded."""
+    return api.upload_folder(
+        repo_id=repo, folder_path=folder, revision=branch, allow_patterns=PUSHED, commit_message=message
+    )
 
 
 def refuse_taken_branch(api: HfApi, args: "SFTConfig", repo: str, branch: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from open_r1.recipe import Recipe
-from open_r1.schema import SECRET
+from open_r1.schema import masked
 from open_r1.tables import looks_local
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def write_manifest(trainer: "SFTTrainer", recipe: Recipe, prepared: "Prepared") 
             "tokens_per_second": round(tokens / seconds, 1) if tokens and seconds else None,
         },
     }
-    text = SECRET.sub("***", json.dumps(manifest, indent=1, default=str))
+    text = masked(json.dumps(manifest, indent=1, default=str))
     (out / "manifest.json").write_text(text + "\n", encoding="utf-8")
     return manifest
 

@@ -366,6 +366,13 @@ class SFTConfig(trl.SFTConfig):
         metadata={"help": "Callbacks to run while training.", "choices": ["push_to_hub_revision"]},
     )
     benchmarks: list[str] = field(default_factory=list, metadata={"help": "Not available yet; refused when set."})
+    hub_private_repo: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether what is pushed (and a Trackio Space) is private. Default: true; false publishes it, and "
+            "a repository that is public already is pushed to only then."
+        },
+    )
     hub_model_revision: str = field(default="main", metadata={"help": "Branch of the hub repository to push to."})
     push_to_hub_revision: bool = field(
         default=False, metadata={"help": "Push the final model to the branch hub_model_revision."}
@@ -414,6 +421,8 @@ class SFTConfig(trl.SFTConfig):
             self.supervision = "full"
         if self.assistant_only_loss and self.supervision == "full":
             raise ValueError("assistant_only_loss: true and supervision: full exclude each other; keep supervision")
+        if self.hub_private_repo is None:  # unset, upstream leaves it to the hub, which publishes
+            self.hub_private_repo = True
         self._settle_precision()
         if self.benchmarks:
             raise ValueError(f"benchmarks {self.benchmarks} are not available yet; evaluate the saved model instead")

@@ -1,7 +1,13 @@
-"""Settings that are each fine and cannot be meant together, or that are missing; and secrets, which none may hold."""
+"""Settings that are each fine and cannot be meant together, or that are missing; and what none of them may do.
 
+That is: hold secrets, write outside of output_dir, or let code in past `trust_remote_code`.
+"""
+
+import json
 import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from open_r1.schema import SCHEMA, looks_secret, meant, texts_in
@@ -9,10 +15,24 @@ from open_r1.schema import SCHEMA, looks_secret, meant, texts_in
 if TYPE_CHECKING:
     from open_r1.recipe import Recipe
 
+# What model_init_kwargs may not hold, and why.
+NOT_INIT = {
+    "trust_remote_code": "set trust_remote_code of the recipe instead",
+    "code_revision": "pin the model and its code with model_revision",
+    "allow_all_kernels": "it runs code of anyone; kernels of known publishers need no leave",
+    "use_safetensors": "weights are read from safetensors alone",
+    "weights_only": "weights are read from safetensors alone",
+    "adapter_kwargs": "name the adapter's directory in model_name_or_path",
+    "cache_dir": "set HF_HOME in the environment",
+    "offload_folder": "a model that is offloaded to disk cannot be trained",
+}
+MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")  # of DeepSpeed
+NAMES_A_PATH = re.compile(r"(^|_)(path|dir|file|folder)$")
+
 
 def contradictions(recipe: "Recipe") -> list[str]:
     """What is wrong with the settings of a recipe taken together; what is only odd goes into its notes."""
-    return [text for find in (secrets, of_data, of_model, of_run, of_batches) for text in find(recipe)]
+    return [text for find in (secrets, code, paths, of_data, of_model, of_run, of_batches) for text in find(recipe)]
 
 
 def secrets(recipe: "Recipe") -> Iterator[str]:
@@ -24,6 +44,41 @@ def secrets(recipe: "Recipe") -> Iterator[str]:
                     f"{recipe.origin[key]}: {name} holds a token or a password, which would be saved with the run; "
                     "take it out, and run `hf auth login` or set it in the environment (HF_TOKEN, WANDB_API_KEY)"
                 )
+
+
+def code(recipe: "Recipe") -> Iterator[str]:
+    """Ways around `trust_remote_code` and around what is read and uploaded."""
+    given = recipe.values.get("model_init_kwargs")
+    for name in given if isinstance(given, dict) else ():
+        if name in NOT_INIT:
+            yield f"{recipe.origin['model_init_kwargs']}: model_init_kwargs.{name} cannot be set: {NOT_INIT[name]}"
+    if (strategy := recipe.values.get("hub_strategy")) in ("checkpoint", "all_checkpoints"):
+        yield (
+            f"{recipe.origin['hub_strategy']}: {strategy} would upload the optimizer's state and pickles, which never "
+            "leave this machine; use every_save"
+        )
+
+
+def paths(recipe: "Recipe") -> Iterator[str]:
+    """Places outside of output_dir that a DeepSpeed config would have written to."""
+    given, where = recipe.values.get("deepspeed"), recipe.origin.get("deepspeed")
+    if isinstance(given, str):
+        try:
+            given = json.loads(Path(given).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            yield f"{where}: deepspeed: {given}: no DeepSpeed config that can be read: {error}"
+    if not isinstance(given, dict):
+        return
+    for name in MONITORS:
+        if isinstance(given.get(name), dict) and given[name].get("enabled"):
+            yield f"{where}: deepspeed.{name} writes where it likes; leave it out and set report_to"
+    out = Path(str(recipe.values.get("output_dir") or "data/sft")).resolve()
+    for name, value in texts_in("deepspeed", given):
+        if NAMES_A_PATH.search(name.rpartition(".")[2]) and not Path(value).resolve().is_relative_to(out):
+            yield (
+                f"{where}: {name}: {value} is outside of output_dir, where a recipe does not write; move it there, or "
+                "say it in the launch config"
+            )
 
 
 def of_data(recipe: "Recipe") -> Iterator[str]:

@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from open_r1.chat import end_of_turn
 from open_r1.errors import UserError
 from open_r1.findings import Finding, has_errors
-from open_r1.model import adapter_base, fit_vocabulary, skeleton
+from open_r1.model import adapter_base, fit_vocabulary, require_safetensors, skeleton
 
 PIECE = 2**26  # elements of a tensor that are read at once
 SAVE_AGAIN = "copy the directory again, or start the run again: it saves what its last checkpoint holds"
@@ -375,9 +375,11 @@ def load(
     `kwargs` are those of `from_pretrained`. The generation config is that saved with it. Raises `UserError`.
     """
     base = adapter_base(str(path))
+    require_safetensors(path, base)
+    kwargs |= {"trust_remote_code": trust_remote_code, "use_safetensors": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(base or path, trust_remote_code=trust_remote_code, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(base or path, **kwargs)
         if base is not None:
             model = with_adapter(model, path, tokenizer)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

@@ -58,6 +58,7 @@ def check_model(model_args: "ModelConfig", training_args: "SFTConfig") -> None:
         )
     if looks_local(model_args.model_name_or_path) and not Path(model_args.model_name_or_path).is_dir():
         raise UserError(f"model_name_or_path: no such directory: {model_args.model_name_or_path}")
+    require_safetensors(model_args.model_name_or_path, adapter)
     try:
         AutoConfig.from_pretrained(
             adapter or model_args.model_name_or_path,
@@ -65,6 +66,11 @@ def check_model(model_args: "ModelConfig", training_args: "SFTConfig") -> None:
             trust_remote_code=training_args.trust_remote_code,
         )
     except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"model_name_or_path: {adapter or model_args.model_name_or_path} comes with code of its own, which "
+                "runs with trust_remote_code: true alone; read it first, and pin it with model_revision"
+            ) from error
         text = " ".join(str(error).split())[:300]
         raise UserError(f"model_name_or_path: {model_args.model_name_or_path!r} cannot be read: {text}") from error
 
@@ -83,6 +89,7 @@ def get_model(
     quantization = get_quantization_config(replace(model_args, dtype=dtype))
     name = model_args.model_name_or_path
     base = adapter_base(name)
+    require_safetensors(name, base)
     kwargs: dict[str, Any] = {
         "revision": None if base else model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -90,6 +97,7 @@ def get_model(
         "dtype": dtype,
         "quantization_config": quantization,
         **(training_args.model_init_kwargs or {}),
+        "use_safetensors": True,
     }
     zero3 = training_args.deepspeed_plugin is not None and training_args.deepspeed_plugin.zero_stage == 3
     if quantization is not None and torch.cuda.is_available() and not zero3:  # ZeRO-3 places the weights itself
@@ -141,15 +149,39 @@ def settle_generation(settings: GenerationConfig | None) -> None:
         logger.warning("the model's generation_config.json samples without do_sample: true, which is saved with it")
 
 
+def require_safetensors(*names: str | Path | None) -> None:
+    """Refuse local models and adapters whose weights are pickles alone, which run code when they are read.
+
+    Of a model on the hub `use_safetensors` refuses them. Raises `UserError`.
+    """
+    for path in (Path(name) for name in names if name is not None):
+        adapter = (path / "adapter_config.json").is_file()
+        safe, pickled = ("adapter_model", "adapter_model") if adapter else ("model", "pytorch_model")
+        found = sorted(each.name for each in path.glob(f"{pickled}*.bin"))
+        if found and not any(path.glob(f"{safe}*.safetensors")):
+            raise UserError(
+                f"{path / found[0]}: these weights are a pickle, which can run code when it is read, and there are no "
+                "safetensors beside it; take a revision that has them, or convert it where you trust its origin: load "
+                "it there and save_pretrained it again"
+            )
+
+
 def adapter_base(name: str) -> str | None:
-    """The base model of a local adapter directory, None for anything else."""
+    """The base model of a local LoRA adapter's directory, None for anything that is no adapter. Raises `UserError`.
+
+    Other kinds of adapters name files and tokenizers of their own, which PEFT would load.
+    """
     config = Path(name) / "adapter_config.json"
     if not config.is_file():
         return None
     try:
-        return json.loads(config.read_text())["base_model_name_or_path"]
+        settings = json.loads(config.read_text())
+        base, kind = settings["base_model_name_or_path"], settings.get("peft_type", "LORA")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{config}: names no base model: {error!r}") from error
+    if kind != "LORA":
+        raise UserError(f"{config}: peft_type is {kind}; only LoRA adapters are read here")
+    return base
 
 
 def weights_dtype(model_args: "ModelConfig", training_args: "SFTConfig") -> str:

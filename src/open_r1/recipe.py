@@ -15,7 +15,9 @@ import yaml
 from open_r1.contradictions import contradictions
 from open_r1.errors import UserError
 from open_r1.old_names import CLI, COLUMN_KEYS, GONE, RENAMED, modernise
-from open_r1.schema import SCHEMA, Place, choices, fit, kind, meant, show
+from open_r1.schema import SCHEMA, Place, choices, fit, kind, masked, meant, show
+
+PLAIN = (yaml.SafeLoader.DEFAULT_MAPPING_TAG, yaml.SafeLoader.DEFAULT_SEQUENCE_TAG)
 
 
 @dataclass
@@ -45,7 +47,7 @@ def load_recipe(argv: list[str]) -> Recipe:
         add_layer(recipe, source, places, problems)
     problems += contradictions(recipe)
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError(masked("\n".join(problems)))
     if wanted:
         print(written_out(recipe), end="")
         raise SystemExit(0)
@@ -159,13 +161,15 @@ def read_yaml(path: str, problems: list[str]) -> tuple[dict[str, Any], dict[str,
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(root, yaml.MappingNode):
+    if not isinstance(root, yaml.MappingNode) or root.tag not in PLAIN:
         raise UserError(f"{path}: a recipe is a YAML mapping of settings (key: value); this file holds none")
     places = {"": path}
     try:
         values = plain_value(loader, root, "", path, places, problems)
     except RecursionError:
         raise UserError(f"{path}: an alias (*name) refers to itself; write the value out") from None
+    except (yaml.YAMLError, ValueError) as error:  # of a key: those of values are collected
+        raise UserError(f"{path}: a key is a word: {getattr(error, 'problem', None) or error}") from None
     return values, places
 
 
@@ -174,6 +178,10 @@ def plain_value(
 ) -> Any:
     """Build a node's value, recording `file:line` of every key below `at` and reporting keys said twice."""
     inside = f"{at}." if at else ""
+    if isinstance(node, yaml.CollectionNode) and node.tag not in PLAIN:
+        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        problems.append(f"{path}:{node.start_mark.line + 1}: {at}: {tag} builds an object; write a plain value")
+        return None
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             places[f"{inside}{index}"] = f"{path}:{item.start_mark.line + 1}"

@@ -6,6 +6,7 @@ Nothing here imports torch or TRL.
 import difflib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,9 @@ SECRET = re.compile(
     r"(?<![\w/.-])(hf_[A-Za-z0-9]{30,}|sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{32,}|gh[opsur]_[A-Za-z0-9]{30,}"
     r"|github_pat_\w{30,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35})(?![\w/])"
 )
-SECRET_NAME = re.compile(r"(^|[_-])(token|secret|password|passwd|api[_-]?key|credentials?)$", re.IGNORECASE)
+SECRET_NAME = re.compile(
+    r"(^|[_-])(token|secret|password|passwd|(api|access|private)[_-]?key|credentials?)$", re.IGNORECASE
+)
 NOT_SECRET = {"eos_token", "pad_token"}
 
 
@@ -138,10 +141,9 @@ def meant(word: Any, known: Any) -> str:
 
 def show(value: Any, key: str = "") -> str:
     """A value for a message: short, and without what looks like a secret."""
-    text = repr(value)
     if looks_secret(key, value):
         return "a secret, not shown"
-    text = SECRET.sub("***", text)
+    text = masked(repr(value))
     return text if len(text) <= 100 else text[:97] + "..."
 
 
@@ -149,7 +151,18 @@ def looks_secret(key: str, value: Any) -> bool:
     """Whether a value under a key is a token, a password or the like."""
     name = key.rpartition(".")[2]
     named = bool(SECRET_NAME.search(name)) and name not in NOT_SECRET
-    return isinstance(value, str) and bool(value) and (named or bool(SECRET.search(value)))
+    return isinstance(value, str) and bool(value) and (named or masked(value) != value)
+
+
+def masked(text: str) -> str:
+    """A text without what looks like a token, and without the secrets that this process's environment holds.
+
+    Those of W&B and of many others look like any other word, so that only the environment tells them.
+    """
+    for name, secret in os.environ.items():
+        if SECRET_NAME.search(name) and len(secret) >= 16:
+            text = text.replace(secret, "***")
+    return SECRET.sub("***", text)
 
 
 def texts_in(key: str, value: Any) -> Iterator[tuple[str, str]]:

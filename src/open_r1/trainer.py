@@ -6,6 +6,7 @@ forgets between two logs, and are as good at any step; what is no number never r
 
 import copy
 import json
+import logging
 import os
 import shutil
 import sys
@@ -23,7 +24,7 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import SFTTrainer
 
 from open_r1 import checkpoints, faults
-from open_r1.callbacks import NOT_PUSHED
+from open_r1.callbacks import upload
 from open_r1.card import write_card
 from open_r1.errors import Stopped, UserError
 from open_r1.order import Order, cut_back, line_of, require_rows, require_same_order
@@ -35,17 +36,7 @@ if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
     from open_r1.preparation import Part
 
-# What stays at home: state to go on from, pickles, and files that hold rows or paths of this machine.
-PRIVATE = [
-    *NOT_PUSHED,
-    "_*",
-    "checkpoint-*",
-    "rejected.jsonl",
-    "run_state.json",
-    "recipe.yaml",
-    "ledger.json",
-    "runs/*",
-]
+logger = logging.getLogger(__name__)
 
 
 class Course(TrainerCallback):
@@ -271,6 +262,7 @@ class OrderedTrainer(SFTTrainer):
             asked.unlink(missing_ok=True)
         if stopping:
             self.preempted = control.should_save = control.should_training_stop = True
+            control.preempted = True  # for callbacks: nothing is pushed
             if self.state.global_step < self.state.max_steps:
                 control.should_evaluate = False  # what a resumed run begins with: `catch_up`
 
@@ -319,6 +311,8 @@ class OrderedTrainer(SFTTrainer):
                 checkpoints.publish(staged, out)
                 record(str(out), global_step=step)
                 checkpoints.rotate(out, self.limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub and not self.preempted:
+            self._push_from_checkpoint(str(out / name))
         self.accelerator.wait_for_everyone()
 
     def settle_best(self, out: Path, staged: Path) -> None:
@@ -479,21 +473,32 @@ class OrderedTrainer(SFTTrainer):
         if self.is_world_process_zero() and Path(self.args.output_dir, "manifest.json").exists():
             write_card(self.args.output_dir)
 
-    def push_to_hub(self, commit_message: str = "End of training", blocking: bool = True, **_: Any) -> Any:
+    def push_to_hub(self, commit_message: str = "End of training", **_: Any) -> Any:
         """Push what serving needs and what says how it was made. Upstream pushes rejected rows and pickles too."""
         if not self.is_world_process_zero():
             return None
         if self.hub_model_id is None:
             self.init_hf_repo()
         self.create_model_card()
-        return HfApi(token=self.args.hub_token).upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=self.args.output_dir,
-            commit_message=commit_message,
-            run_as_future=not blocking,
-            revision=self.args.hub_revision,
-            ignore_patterns=PRIVATE,
-        )
+        api = HfApi(token=self.args.hub_token)
+        return upload(api, self.hub_model_id, self.args.output_dir, self.args.hub_revision, commit_message)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push the servable part of a checkpoint from where it lies, `push_to_hub` and `hub_strategy: every_save`.
+
+        Upstream copies weights and pickled arguments into output_dir, over those of a finished model, and uploads
+        whatever else is there. The upload ends before training goes on, so that rotation cannot delete what is being
+        read; a failed one is reported and never stops training.
+        """
+        if self.saving or not self.is_world_process_zero() or self.args.hub_strategy == "end":
+            return  # upstream calls this before the checkpoint is complete
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        try:
+            api = HfApi(token=self.args.hub_token)
+            upload(api, self.hub_model_id, checkpoint_folder, self.args.hub_revision, message)
+        except Exception:
+            logger.exception("%s was not pushed to %s; training goes on", checkpoint_folder, self.hub_model_id)
 
 
 def trainer_arguments(args: "SFTConfig") -> "SFTConfig":
