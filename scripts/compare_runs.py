@@ -81,8 +81,7 @@ def compare(path_a: Path, path_b: Path, tolerance: float) -> int:
         one, two = (run.logged.get(key, {}) for run in (a, b))
         if one or two:
             allowed = 0.0 if key == "learning_rate" else tolerance  # it is computed, not measured
-            torn = torn_means(a, b, other_data) if key == "loss" else set()
-            partings[key] = compare_series(one, two, allowed, mean=key == "loss", left_out=torn)
+            partings[key] = compare_series(one, two, allowed, mean=key == "loss")
             print(f"{key}: {partings[key].text}")
     print("\n".join(compare_about(a, b, other_data is not None)))
     code, text = verdict(a, b, other_data, partings, tolerance)
@@ -164,7 +163,7 @@ def read_history(path: Path, last: int, notes: list[str]) -> dict[str, Series]:
             notes.append(f"from {file.parent.name}")
         logged: dict[str, Series] = {}
         for step, entry in entries:
-            for key in (*LOSSES, *BESIDE, "num_tokens"):
+            for key in (*LOSSES, *BESIDE):
                 if key in entry:  # of two evaluations in one step the last
                     logged.setdefault(key, {})[step] = number_of(entry[key])
         return logged
@@ -240,24 +239,6 @@ def compare_data(a: Run, b: Run) -> tuple[int | None, list[str]]:
     return (other[0] if other else None), lines
 
 
-def torn_means(a: Run, b: Run, other_data: int | None) -> set[int]:
-    """Steps whose loss is a mean of fewer steps in one run, which was resumed since the entry before.
-
-    A resumed run counts tokens anew, and its first loss is the mean since the checkpoint. So up to that step it has
-    counted fewer tokens in all than the other between these two entries alone, as long as both read the same rows.
-    """
-    one, two = (run.logged.get("num_tokens", {}) for run in (a, b))
-    torn, before = set(), 0
-    for step in sorted(one.keys() & two.keys()):
-        if other_data is not None and step >= other_data:
-            break
-        between_a, between_b = one[step] - one.get(before, 0), two[step] - two.get(before, 0)
-        if step - before > 1 and (one[step] < between_b or two[step] < between_a):
-            torn.add(step)
-        before = step
-    return torn
-
-
 def means(values: Series, steps: Set[int]) -> dict[int, tuple[float, int]]:
     """For each of some of the steps the mean since the one before, and of how many entries; one entry is unchanged."""
     found, held, since, before = {}, [], 0, 0
@@ -277,8 +258,8 @@ def gap(a: float, b: float) -> float:
     return math.inf if math.isnan(a - b) else abs(a - b)
 
 
-def compare_series(one: Series, two: Series, tolerance: float, *, mean: bool, left_out: set[int]) -> Parting:
-    """How two logged series compare in the steps that both have, but those `left_out`.
+def compare_series(one: Series, two: Series, tolerance: float, *, mean: bool) -> Parting:
+    """How two logged series compare in the steps that both have.
 
     `mean`: a value is the mean since the entry before, so that with other `logging_steps` only means over the same
     steps compare.
@@ -292,7 +273,7 @@ def compare_series(one: Series, two: Series, tolerance: float, *, mean: bool, le
         values_a, values_b = ({step: (values[step], 1) for step in common} for values in (one, two))
     gaps: Series = {}
     rounded = False
-    for step in sorted(common - left_out):
+    for step in sorted(common):
         (x, entries_a), (y, entries_b) = values_a[step], values_b[step]
         gaps[step] = gap(x, y)
         if entries_a != entries_b:
@@ -316,8 +297,6 @@ def compare_series(one: Series, two: Series, tolerance: float, *, mean: bool, le
         notes.append(
             "logged in other steps: only " + ("means over the same steps" if mean else "common ones") + " count"
         )
-    if skipped := sorted(left_out & common):
-        notes.append(f"left out: step {', '.join(map(str, skipped))}, a mean over fewer steps since a resume")
     return Parting("; ".join(notes), len(gaps), gaps[most] if gaps else 0.0, beyond)
 
 

@@ -54,7 +54,7 @@ def write_manifest(trainer: "SFTTrainer", recipe: Recipe, prepared: "Prepared") 
     manifest = {
         "recipe": {key: {"value": value, "from": recipe.origin.get(key)} for key, value in recipe.values.items()},
         "code": code(),
-        "versions": {"python": platform.python_version(), **versions()},
+        "versions": versions(),
         "hardware": hardware(args.world_size),
         "data": {
             "key": prepared.train.key,
@@ -115,8 +115,8 @@ def code() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that are installed."""
-    found = {}
+    """Versions of Python and of the packages that are installed."""
+    found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

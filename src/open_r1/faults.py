@@ -1,9 +1,11 @@
 """What goes wrong while a run trains: numbers that are none, losses that jump, steps that do not end."""
 
 import faulthandler
+import fcntl
 import json
 import logging
 import math
+import os
 import sys
 from collections import deque
 from pathlib import Path
@@ -11,6 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch.utils.cpp_extension import get_default_build_root
 
 from open_r1.data import excerpt_of, places_of
 
@@ -43,6 +46,26 @@ def watch(seconds: float | None) -> None:
     faulthandler.cancel_dump_traceback_later()
     if seconds:
         faulthandler.dump_traceback_later(seconds, repeat=True, file=sys.__stderr__)
+
+
+def free_builds() -> None:
+    """Remove the locks that killed processes left on builds of PyTorch's extensions, which DeepSpeed needs.
+
+    PyTorch waits for such a lock without end (`FileBaton`, torch 2.13). Every run holds a shared lock of the kernel's
+    on the folder while it is alive, so who gets an exclusive one knows that no run is building.
+    """
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / ".open_r1", os.O_RDWR | os.O_CREAT, 0o666)  # held until this process ends
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        pass  # another process of this run was first, or another run may be building
+    else:
+        for lock in [*folder.glob("*/lock"), *folder.glob("*/*/lock")]:
+            logger.warning("%s was left by a process that was killed; it is removed", lock)
+            lock.unlink(missing_ok=True)
+    fcntl.flock(file, fcntl.LOCK_SH)
 
 
 def named(part: "Part", numbers: np.ndarray) -> list[dict[str, Any]]:

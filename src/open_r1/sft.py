@@ -84,6 +84,7 @@ def run(recipe: Recipe, stop: Stop) -> int:
     from open_r1.callbacks import get_callbacks, ready_branch
     from open_r1.card import code, versions
     from open_r1.chat import get_tokenizer
+    from open_r1.faults import free_builds
     from open_r1.model import adapter_config, check_model, get_model
     from open_r1.order import order_of
     from open_r1.preparation import prepare
@@ -92,6 +93,8 @@ def run(recipe: Recipe, stop: Stop) -> int:
 
     script_args, training_args, model_args = build_configs(recipe)
     tell_libraries(training_args)
+    if training_args.deepspeed_plugin is not None:
+        free_builds()
     set_seed(training_args.seed)
     check_model(model_args, training_args)
     callbacks = get_callbacks(training_args)
