@@ -328,16 +328,17 @@ class OrderedTrainer(SFTTrainer):
         if self.accelerator.is_local_main_process:
             checkpoints.flush(staged)
         self.accelerator.wait_for_everyone()
-        names = checkpoints.files_of(staged)
-        pairs = gather_object([(name, checkpoints.digest(staged / name)) for name in self.share(names)])
-        resumable = not self.args.save_only_model
-        if resumable and (lacking := checkpoints.state_missing(staged, self.args.world_size)):
+        names = self.share(checkpoints.files_of(staged))
+        lacking = "" if self.args.save_only_model else checkpoints.state_missing(staged, self.args.world_size)
+        # All look before they meet here: behind it the first process gives the checkpoint its name.
+        pairs = gather_object([(name, checkpoints.digest(staged / name)) for name in names])
+        if unseen := next(filter(None, gather_object([lacking])), None):
             raise Stopped(
-                f"{staged.name} was written, and process {self.args.process_index} does not see the {lacking} in it; "
-                "output_dir must be on a file system that all nodes share"
+                f"{staged.name} was written, and not every process sees the {unseen} in it; output_dir must be on a "
+                "file system that all nodes share"
             )
         if self.args.should_save:
-            facts = {"step": self.state.global_step, "resumable": resumable, **self.facts}
+            facts = {"step": self.state.global_step, "resumable": not self.args.save_only_model, **self.facts}
             checkpoints.seal(staged, dict(pairs), facts)
             checkpoints.sync(staged)
 
@@ -446,6 +447,7 @@ class OrderedTrainer(SFTTrainer):
                 raise Stopped(f"allow_changes: {named} cannot be changed under {type(scheduler).__name__}")
             for group, base, share in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
                 group["lr"] = base * share(scheduler.last_epoch)
+            scheduler._last_lr = [group["lr"] for group in groups]  # what is logged
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Upstream's; remembers what it is made with."""
