@@ -39,7 +39,7 @@ def train(trainer: "OrderedTrainer", checkpoint: str | None) -> None:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if trainer.preempted:
         step = trainer.state.global_step
-        raise Preempted(f"{trainer.stop.signal or 'a signal to another process'}, saved as checkpoint-{step}")
+        raise Preempted(f"{trainer.told}, saved as checkpoint-{step}")
     with room(out, "the final model"):
         save_model(trainer, out)
         trainer.save_state()

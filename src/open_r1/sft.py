@@ -60,10 +60,11 @@ def main(argv: list[str] | None = None) -> int:
 def begun(recipe: Recipe, stop: Stop) -> int:
     """Run it, and see to it that `run_state.json` says how it ended, whatever ends it."""
     output_dir = recipe.values["output_dir"]
+    stop.last_words = lambda reason: record_end(output_dir, "preempted", reason)
     try:
         return run(recipe, stop)
     except BaseException as error:
-        stop.leaving = True  # the launcher's signals to those that are left must not cut this short
+        stop.ended = stop.leaving = True  # the launcher's signals to those that are left must not cut this short
         told = isinstance(error, Preempted)
         reason = str(error) if told or isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         record_end(output_dir, "preempted" if told else "failed", reason)

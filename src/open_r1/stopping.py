@@ -1,7 +1,9 @@
 """Signals: SIGTERM, SIGINT and SIGUSR1 stop a run so that the same command goes on with it.
 
 Python's handler only sets down that one came. Before and after training that ends the run at once, nothing can be
-lost there; while it trains, all processes agree on a step (`trainer.OrderedTrainer.agree`), save, and leave.
+lost there; while it trains, all processes agree on a step (`trainer.OrderedTrainer.agree`), save, and leave. Python
+runs handlers between two of its own instructions: where the main thread waits in C for another process that is gone,
+stopped or slow, a thread ends the process instead (`Stop.watch`).
 """
 
 import contextlib
@@ -10,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 logger = logging.getLogger(__name__)
@@ -18,6 +20,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_CODE = 75  # "preempted, resumable": EX_TEMPFAIL of sysexits.h, the user is invited to try again
 # Schedulers signal the launcher and its workers, and the launcher signals the workers again: that is one request.
 SAME_REQUEST = 3.0  # seconds
+AT_ONCE = 5.0  # seconds that the main thread has for leaving at once
 
 
 class Preempted(BaseException):
@@ -29,6 +32,8 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal, self.at, self.waits, self.leaving = "", 0.0, False, False
+        self.ended = False  # the main thread is on its way out
+        self.last_words: Callable[[str], None] = logger.warning  # what is to be done with the reason
         self.pid = os.getpid()
 
     def __call__(self, number: int, frame: FrameType | None = None) -> None:
@@ -47,6 +52,26 @@ class Stop:
                 raise Preempted(self.signal)
             logger.warning("%s: saving and stopping at the end of this step; again, it stops at once", self.signal)
 
+    def watch(self, pipe: int) -> None:
+        """End the process where a signal should have ended it and the main thread does not come to it.
+
+        `pipe` is where C's handler writes the numbers of signals, whatever the main thread does meanwhile.
+        """
+        first = None
+        while number := os.read(pipe, 1):
+            if self.ended or number[0] not in SIGNALS:
+                continue
+            name, now = signal.Signals(number[0]).name, time.monotonic()
+            first = first or (name, now)
+            if self.waits and now - first[1] < SAME_REQUEST:
+                continue
+            time.sleep(AT_ONCE)
+            if not self.ended:
+                then = f"{first[0]}, and then {name}" if self.waits else name
+                self.last_words(f"{then}: stopped at once, without saving")
+                os._exit(EXIT_CODE)
+        os.close(pipe)
+
 
 @contextlib.contextmanager
 def heeded() -> Iterator[Stop]:
@@ -56,14 +81,32 @@ def heeded() -> Iterator[Stop]:
         yield stop
         return
     before = {number: signal.signal(number, stop) for number in SIGNALS}
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=stop.watch, args=(reading,), daemon=True, name="signals").start()
     try:
         yield stop
     finally:
+        stop.ended = True
+        signal.set_wakeup_fd(wakeup)
+        os.close(writing)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def ignore_in_worker(worker: int) -> None:
+def forget_pipe() -> None:
+    """In a forked child: its signals are none of its parent's."""
+    with contextlib.suppress(ValueError):  # it has no main thread of Python's
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=forget_pipe)
+
+
+def ignore_in_worker(then: Callable[[int], None] | None, worker: int) -> None:
     """For data loader workers: a signal to the whole job must not kill them under a step that is to end."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    if then is not None:
+        then(worker)

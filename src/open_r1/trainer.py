@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from open_r1.errors import Stopped, UserError
 from open_r1.order import Order, cut_back, line_of, require_rows, require_same_order
 from open_r1.resuming import OPTIMIZER, SCHEDULE, changed
 from open_r1.run_state import record
-from open_r1.stopping import Stop, ignore_in_worker
+from open_r1.stopping import SIGNALS, Stop, ignore_in_worker
 
 if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
@@ -134,7 +135,7 @@ class OrderedTrainer(SFTTrainer):
         self.order, self.part, self.stop, self.limit = order, part, stop, limit
         self.facts, self.earlier = facts, earlier or {}
         self.losses = faults.Losses(self.args.loss_spike)
-        self.preempted = False
+        self.preempted, self.told = False, ""  # and by which signal
         self.saving = False
         self.skipped = 0
         self.seconds, self.started = 0.0, time.time()
@@ -155,17 +156,11 @@ class OrderedTrainer(SFTTrainer):
             )
         return self.order
 
-    def get_train_dataloader(self) -> Any:
-        """Upstream's, whose workers leave it to this process to heed signals."""
-        loader = super().get_train_dataloader()
-        seeded = loader.worker_init_fn
-
-        def init(worker: int) -> None:
-            ignore_in_worker(worker)
-            if seeded is not None:
-                seeded(worker)
-
-        loader.worker_init_fn = init
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's, for training and for evaluation; its workers leave it to this process to heed signals."""
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's only passes on what is asked of it
+        inner.worker_init_fn = partial(ignore_in_worker, inner.worker_init_fn)
         return loader
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -250,17 +245,19 @@ class OrderedTrainer(SFTTrainer):
     # Stopping
 
     def agree(self, control: TrainerControl) -> None:
-        """At the end of a step: what any process was told, all do. One sum over all processes, of three numbers."""
+        """At the end of a step: what any process was told, all do. One sum over all processes, of a few numbers."""
         asked = Path(self.args.output_dir) / "CHECKPOINT_NOW"
         wanted = self.is_world_process_zero() and asked.exists()
-        told = torch.tensor([bool(self.stop.signal), wanted], dtype=torch.float32, device=self.args.device)
+        told = [self.stop.signal == number.name for number in SIGNALS]
+        told = torch.tensor([*told, wanted], dtype=torch.float32, device=self.args.device)
         mean = (self.step_loss / self.args.world_size).to(self.args.device)
-        stopping, saving, loss = self.accelerator.reduce(torch.cat([told, mean.reshape(1)]), "sum").tolist()
+        *told, saving, loss = self.accelerator.reduce(torch.cat([told, mean.reshape(1)]), "sum").tolist()
         self.report_spike(loss)
         if saving:
             control.should_save = True
             asked.unlink(missing_ok=True)
-        if stopping:
+        self.told = next((number.name for number, count in zip(SIGNALS, told, strict=True) if count), "")
+        if self.told:
             self.preempted = control.should_save = control.should_training_stop = True
             control.preempted = True  # for callbacks: nothing is pushed
             if self.state.global_step < self.state.max_steps:
