@@ -206,12 +206,16 @@ def seal(directory: Path, digests: dict[str, str], facts: dict[str, Any]) -> Non
 def write_whole(path: Path, text: str, durable: bool = True) -> None:
     """Write a file so that it has the old or the new text, whenever the process dies; `durable`, or the machine."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        if durable:
-            os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     if durable:
         sync(path.parent)
 
@@ -252,10 +256,17 @@ def lacks_files(checkpoint: Path) -> bool:
 
 def require_room(output_dir: Path, name: str) -> None:
     """Raise `Stopped` when the next checkpoint, as large as the last, does not fit on the disk."""
-    for last in checkpoints(output_dir)[:1]:
-        needed = sum(size for size, _ in read_seal(last)["files"].values())
-        if shutil.disk_usage(output_dir).free < needed:
-            raise no_room(output_dir, name, f"it takes {needed / 1e6:,.1f} MB")
+    needed = size_of_last(output_dir)
+    if shutil.disk_usage(output_dir).free < needed:
+        raise no_room(output_dir, name, needed)
+
+
+def size_of_last(output_dir: Path) -> int:
+    """Bytes of the newest checkpoint that is sealed, 0 when there is none."""
+    for last in checkpoints(output_dir):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return sum(size for size, _ in read_seal(last)["files"].values())
+    return 0
 
 
 @contextlib.contextmanager
@@ -268,14 +279,15 @@ def room(output_dir: Path, name: str) -> Iterator[None]:
     except Exception as error:
         if not is_full(error, output_dir):
             raise
-        written = sum(path.stat().st_size for path in (output_dir / SAVING).rglob("*") if path.is_file())
         shutil.rmtree(output_dir / SAVING, ignore_errors=True)
-        raise no_room(output_dir, name, f"it takes more than {written / 1e6:,.1f} MB") from error
+        needed = size_of_last(output_dir) if name.startswith("checkpoint-") else 0
+        raise no_room(output_dir, name, needed) from error
 
 
-def no_room(output_dir: Path, name: str, takes: str) -> Stopped:
-    """The error for a disk that is full."""
+def no_room(output_dir: Path, name: str, needed: int) -> Stopped:
+    """The error for a disk that is full. What did not fit takes more than is free, whatever was needed before."""
     free = shutil.disk_usage(output_dir).free
+    takes = f"it takes {'' if needed > free else 'more than '}{max(needed, free) / 1e6:,.1f} MB"
     older = next((f"{path.name} is whole; " for path in checkpoints(output_dir) if not lacks_files(path)), "")
     return Stopped(
         f"{name} could not be saved: {takes}, and {free / 1e6:,.1f} MB are free in {output_dir}; {older}make room and "

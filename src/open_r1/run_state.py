@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from open_r1.checkpoints import write_whole
+from open_r1.checkpoints import room, write_whole
 from open_r1.errors import UserError
 
 logger = logging.getLogger(__name__)
 RUN_STATE = "run_state.json"
 LOCK = ".lock"
+RESERVE = 1 << 16  # bytes of it that are given back where nothing else is free, for how the run ended
 JOB = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
 
 
@@ -44,8 +45,12 @@ def record_end(output_dir: str, status: str, reason: str) -> None:
     if read_state(output_dir).get("status") == "running":
         rank, processes = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         of = f"process {rank}: " if processes != "1" and status == "failed" else ""
-        with contextlib.suppress(OSError):  # a full disk: what failed is about to be raised
-            record(output_dir, status=status, reason=f"{of}{reason}")
+        with contextlib.suppress(OSError):  # what failed is about to be raised
+            try:
+                record(output_dir, status=status, reason=f"{of}{reason}")
+            except OSError:  # a full disk
+                os.truncate(Path(output_dir) / LOCK, 0)
+                record(output_dir, status=status, reason=f"{of}{reason}")
 
 
 def holder() -> dict[str, str | int]:
@@ -88,11 +93,12 @@ def held(output_dir: str) -> Iterator[None]:
             ) from None
         except OSError as error:
             logger.warning("%s cannot be locked (%s): see to it that no other run uses it", output_dir, error.strerror)
-        os.ftruncate(file, 0)
-        os.pwrite(file, (", ".join(f"{key} {value}" for key, value in holder().items()) + "\n").encode(), 0)
-        before = read_state(output_dir)
-        if before.get("status") == "running":
-            record(output_dir, status="failed", reason="ended without a word: killed, or its machine went down")
+        with room(Path(output_dir), "the run"):
+            who = ", ".join(f"{key} {value}" for key, value in holder().items())
+            os.pwrite(file, f"{who}\n".encode().ljust(RESERVE), 0)
+            before = read_state(output_dir)
+            if before.get("status") == "running":
+                record(output_dir, status="failed", reason="ended without a word: killed, or its machine went down")
         yield
     finally:
         if new:  # nothing came of it: leave no trace

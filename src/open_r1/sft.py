@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a script: what stands beside it must not hide other packages' modules
     sys.path[0] = str(Path(__file__).parents[1])
 
-from open_r1.checkpoints import checkpoint_to_resume
+from open_r1.checkpoints import checkpoint_to_resume, room
 from open_r1.errors import Stopped, UserError
 from open_r1.recipe import Recipe, load_recipe, set_environment, written_out
 from open_r1.resuming import finished, launch_of, require_same_run, require_steps_left, verified
@@ -127,10 +127,11 @@ def run(recipe: Recipe, stop: Stop) -> int:
         require_steps_left(checkpoint, order, training_args)
     if training_args.process_index == 0:
         ready_branch(training_args, resuming=checkpoint is not None)
-        begins = {"status": "running", "reason": "", "global_step": earlier.get("step", 0), **holder()}
-        record(output_dir, **begins, **facts)
-        Path(output_dir, "recipe.yaml").write_text(written_out(recipe), encoding="utf-8")
-        ledger.write(output_dir, {name: part.ledger for name, part in prepared.parts.items()})
+        with room(Path(output_dir), "the run"):
+            begins = {"status": "running", "reason": "", "global_step": earlier.get("step", 0), **holder()}
+            record(output_dir, **begins, **facts)
+            Path(output_dir, "recipe.yaml").write_text(written_out(recipe), encoding="utf-8")
+            ledger.write(output_dir, {name: part.ledger for name, part in prepared.parts.items()})
     model = get_model(model_args, training_args, tokenizer)
     trainer = OrderedTrainer(
         order=order,

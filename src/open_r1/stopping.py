@@ -105,8 +105,19 @@ os.register_at_fork(after_in_child=forget_pipe)
 
 
 def ignore_in_worker(then: Callable[[int], None] | None, worker: int) -> None:
-    """For data loader workers: a signal to the whole job must not kill them under a step that is to end."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """For data loader workers: a signal to the whole job must not kill them under a step that is to end.
+
+    Their parent's must: when Python ends over an error it terminates its children and waits for them without end.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS; nothing else tells who a signal is from
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=heed_parent, args=(os.getppid(),), daemon=True, name="signals").start()
     if then is not None:
         then(worker)
+
+
+def heed_parent(parent: int) -> None:
+    """End this process on a signal of its parent's."""
+    while signal.sigwaitinfo(SIGNALS).si_pid != parent:
+        pass
+    os._exit(0)

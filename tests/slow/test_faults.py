@@ -17,8 +17,9 @@ import uuid
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, losses, settings
+from conftest import ROOT, losses, settings, write_jsonl
 from kill_harness import TOKEN, copy_extensions, differences, kill, processes, steps, write_inputs
+from test_checkpoints import hurt, wrong
 
 from open_r1.checkpoints import checkpoints, damage, files_of, read_seal, what_it_lacks
 
@@ -330,3 +331,205 @@ class TestDeaths:
         raised = re.findall(r"^(?:\[rank\d\]: ?)?(\w+(?:Error|Exception)\b.*)$", job.text, re.MULTILINE)
         assert raised[0] == "RuntimeError: planted in a step", job.text[-6000:]
         go_on(start(launch, out), reference(launch))
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 16 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("this user may not mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def taken(paths):
+    """Bytes that files take of a tmpfs."""
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in paths)
+
+
+class TestFullDisk:
+    """What is free is seeded, so that each file of a save is the one that does not fit; and made room for again."""
+
+    TOLD = re.compile(r"(\S+|the run|the final model) could not be saved: it takes [^;]*?([\d.]+) MB, and ([\d.]+) MB")
+
+    def require_told(self, job, code, what):
+        about = job.text[-6000:]
+        assert code == 1, about
+        found = self.TOLD.findall(job.text)
+        assert len(found) == 1, about
+        [(name, needed, free)] = found
+        assert name in what, about
+        assert float(needed) >= float(free), about
+        assert job.state["status"] == "failed", about
+        assert f"{name} could not be saved" in job.state["reason"], about
+        assert not (job.out / ".saving").exists(), about
+        assert not list(job.out.glob("*.partial")), about
+        for checkpoint in checkpoints(job.out):
+            require_sound(checkpoint)
+        if job.launch == "one":
+            assert "Traceback" not in about
+        (job.out / "filler").unlink(missing_ok=True)
+
+    @pytest.mark.parametrize("launch", ["one", "ddp", "zero2"])
+    def test_every_save_says_so_and_goes_on_when_there_is_room(self, launch, reference, start, disk):
+        whole, draw = reference(launch), random.Random(launch)
+        like = whole / f"checkpoint-{SAVE}"
+        files, seal = taken(like / name for name in files_of(like)), taken([like / "checkpoint.json"])
+        out = torn(whole, disk / "run", SAVE)
+        frees = [4096, draw.randrange(files // 2), draw.randrange(files // 2, files), files + 4096]
+        for free in frees if launch == "one" else frees[1:3]:
+            job = start(launch, out, {"do": "full at save", "free": free})
+            self.require_told(job, job.end(GONE), [f"checkpoint-{2 * SAVE}"])
+            assert newest(out).name == f"checkpoint-{SAVE}"
+        job = start(launch, out, slow(), {"do": "full at save", "free": draw.randrange(files)})
+        job.at(SAVE + 2).signal(signal.SIGTERM, "rank 0")
+        self.require_told(job, job.end(GONE), [f"checkpoint-{step}" for step in range(SAVE + 2, 2 * SAVE)])
+        assert newest(out).name == f"checkpoint-{SAVE}"
+        if launch == "one":  # run_state.json and order.jsonl: while it trains, and behind a save
+            job = start(launch, out, {"do": "full at step", "step": SAVE + 2, "free": 0})
+            self.require_told(job, job.end(GONE), ["the run"])
+            job = start(launch, out, {"do": "full at save", "free": files + seal})
+            self.require_told(job, job.end(GONE), ["the run", f"checkpoint-{2 * SAVE}"])
+            (out / "filler").write_bytes(bytes(shutil.disk_usage(out).free))
+            job = start(launch, out)
+            self.require_told(job, job.end(GONE), ["the run"])
+        job = start(launch, out, {"do": "full at end", "free": draw.randrange(taken([like / "model.safetensors"]))})
+        self.require_told(job, job.end(FIRST), ["the final model"])
+        require_no_model(out)
+        go_on(start(launch, out), whole)
+
+
+class TestDamage:
+    @pytest.mark.parametrize("launch", SHARDED)
+    def test_every_file_hurt_in_every_way_is_found(self, launch, reference, tmp_path):
+        checkpoint = torn(reference(launch), tmp_path / "run", SAVE) / f"checkpoint-{SAVE}"
+        names = [*files_of(checkpoint), "checkpoint.json"]
+        assert sum(name.startswith(f"global_step{SAVE}/") for name in names) >= 3
+        for name in names:
+            data = (checkpoint / name).read_bytes()
+            assert data
+            for how in ("removed", "truncated", "emptied", "flipped"):
+                hurt(checkpoint / name, how)
+                assert name in wrong(checkpoint), (name, how)
+                (checkpoint / name).write_bytes(data)
+            assert wrong(checkpoint) == ""
+
+    @pytest.mark.parametrize(
+        ("launch", "pattern", "how"),
+        [
+            ("zero2", "*/*rank_1*optim_states.pt", "flipped"),
+            ("zero3", "*/*rank_0*model_states.pt", "removed"),
+            ("zero3", "latest", "emptied"),
+        ],
+    )
+    def test_the_one_before_leads_to_the_same_end(self, launch, pattern, how, reference, start, tmp_path):
+        out = torn(reference(launch), tmp_path / "run", 2 * SAVE)
+        [path] = newest(out).glob(pattern)
+        hurt(path, how)
+        job = start(launch, out)
+        go_on(job, reference(launch))
+        assert path.name in job.text
+        assert f"resuming from {out}/checkpoint-{SAVE}" in job.text
+        require_sound(out / f"checkpoint-{2 * SAVE}")
+        assert (out / f"damaged-checkpoint-{2 * SAVE}").is_dir()
+
+
+class TestOtherProcesses:
+    @pytest.mark.parametrize(("before", "after"), [("ddp", "one"), ("one", "ddp")])
+    def test_the_same_rows_a_step_go_on(self, before, after, reference, start, tmp_path):
+        out = torn(reference(before), tmp_path / "run", 2 * SAVE)
+        job = start(after, out)
+        assert job.end() == 0, job.text[-6000:]
+        assert (out / "order.jsonl").read_bytes() == (reference(before) / "order.jsonl").read_bytes()
+        for key in ("loss", "eval_loss"):
+            assert losses(out, key) == pytest.approx(losses(reference(before), key), abs=1e-4)
+
+    @pytest.mark.parametrize(
+        ("before", "after", "count"), [("zero2", "zero2", 1), ("zero3", "zero3", 1), ("zero2", "ddp", 2)]
+    )
+    def test_what_was_cut_up_otherwise_is_refused(self, before, after, count, reference, start, tmp_path):
+        out, mark = torn(reference(before), tmp_path / "run", SAVE), tmp_path / "mark"
+        job = start(after, out, {"do": "slow load", "seconds": 0, "mark": str(mark)}, count=count)
+        assert job.end(GONE) != 0
+        assert not mark.exists()
+        told = f"was saved by 2 processes under {before}, these are {count} under {after}"
+        assert told in job.text, job.text[-6000:]
+        assert "launch it as before, or train on from its weights in another output_dir: --model_name" in job.text
+        assert 'Traceback (most recent call last):\n  File "' + str(ROOT / "src") not in job.text
+        require_sound(newest(out))
+
+    def test_other_rows_a_step_are_refused(self, reference, start, tmp_path):
+        out, mark = torn(reference("ddp"), tmp_path / "run", SAVE), tmp_path / "mark"
+        load = {"do": "slow load", "seconds": 0, "mark": str(mark)}
+        job = start("one", out, load, global_batch_size=None)
+        assert job.end(GONE) == 2
+        assert not mark.exists()
+        assert "was trained with 4 rows a step, and a step would now take 2 (1 processes, before 2)" in job.text
+        assert "set global_batch_size: 4" in job.text
+
+
+def test_a_second_job_in_one_directory_is_refused_and_harms_nothing(reference, start, tmp_path):
+    first = start("one", tmp_path / "run", slow()).at(2)
+    second = start("one", tmp_path / "run")
+    assert second.end(GONE) == 2
+    assert f"is in use by another run (host {os.uname().nodename}, pid {first.process.pid}, " in second.text
+    assert "Traceback" not in second.text
+    go_on(first, reference("one"), resumed=False)
+
+
+class TestNoNumbers:
+    @pytest.mark.parametrize("launch", SEVERAL)
+    def test_a_loss(self, launch, inputs, start, tmp_path):
+        from transformers import AutoTokenizer
+
+        tokenizer, bad = AutoTokenizer.from_pretrained(inputs / "model"), 33
+        rows = [json.loads(line) for line in (inputs / "chat.jsonl").read_text().splitlines()]
+        rows[bad]["messages"][0]["content"] = "\u2603 " + rows[bad]["messages"][0]["content"]
+        others = {token for number, row in enumerate(rows) if number != bad for token in tokens_of(tokenizer, row)}
+        token = next(token for token in tokens_of(tokenizer, rows[bad]) if token not in others)
+        data = write_jsonl(tmp_path / "chat.jsonl", rows)
+        job = start(launch, tmp_path / "run", {"do": "nan token", "token": token}, dataset_name=data, save_steps=1)
+        assert job.end(FIRST) != 0
+        found = self.rows(job, "loss is not finite")
+        assert bad in [row["row"] for row in found]
+        assert len(found) == (1 if launch == "ddp" else 2)
+        assert found[0]["step"] > 2
+
+    @pytest.mark.parametrize("launch", SEVERAL)
+    def test_a_gradient(self, launch, reference, start, tmp_path):
+        out = torn(reference(launch), tmp_path / "run", SAVE)
+        job = start(launch, out, {"do": "nan gradient", "rank": 1, "step": 9}, save_steps=1)
+        assert job.end(GONE) != 0
+        found = self.rows(job, "the gradients are not finite")
+        assert {row["step"] for row in found} == {9}
+        assert len(found) == 4
+        go_on(start(launch, out), reference(launch))
+
+    def rows(self, job, what):
+        """The rows of bad_batch.jsonl, behind a sound checkpoint that is the last."""
+        assert job.state["status"] == "failed", job.text[-6000:]
+        assert what in job.state["reason"], job.text[-6000:]
+        rows = [json.loads(line) for line in (job.out / "bad_batch.jsonl").read_text().splitlines()]
+        assert newest(job.out).name == f"checkpoint-{rows[0]['step'] - 1}"
+        require_sound(newest(job.out))
+        require_no_model(job.out)
+        assert processes(job.token) == []
+        return rows
+
+
+def tokens_of(tokenizer, row):
+    return [token for message in row["messages"] for token in tokenizer(message["content"])["input_ids"]]
+
+
+@pytest.mark.parametrize("launch", ["one", *SHARDED])
+def test_another_learning_rate_takes_effect(launch, reference, start, tmp_path):
+    whole, out = reference(launch), torn(reference(launch), tmp_path / "run", 2 * SAVE)
+    job = start(launch, out, learning_rate=5e-4, allow_changes=["learning_rate"])
+    assert job.end() == 0, job.text[-6000:]
+    assert "learning_rate: 0.001 -> 0.0005 from here on" in job.text
+    before, after = losses(whole, "learning_rate"), losses(out, "learning_rate")
+    assert after == pytest.approx([*before[:2], *(rate / 2 for rate in before[2:])], rel=1e-9)
+    assert losses(out)[:2] == losses(whole)[:2]
+    assert {"weights", "loss from step 15"} <= set(differences(whole, out, stock=False))

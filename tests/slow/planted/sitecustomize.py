@@ -5,8 +5,6 @@ arguments. `rank` and `step` say where it strikes: everywhere and always where t
 touches the file `mark` when it begins.
 """
 
-import builtins
-import contextlib
 import importlib.util
 import json
 import os
@@ -62,13 +60,18 @@ def in_step(trainer, *_, **__):
     now["step"] = trainer.state.global_step + 1
     wait("slow step")
     for _ in planted("raise"):
-        raise builtins.RuntimeError("planted in a step")
+        raise RuntimeError("planted in a step")
 
 
 def plant_in_trainer(module):
     before(module.OrderedTrainer, "training_step", in_step)
     before(module.OrderedTrainer, "prediction_step", lambda *_, **__: wait("slow evaluation"))
     before(module.Course, "on_step_end", lambda course, args, *_, **__: fill("full at step", args.output_dir))
+
+
+def plant_in_loading(module):
+    wait("slow start")
+    before(module, "get_model", lambda *_, **__: wait("slow load"))
 
 
 def plant_in_model(module):
@@ -88,13 +91,9 @@ def plant_in_model(module):
 
 PLANT = {
     "open_r1.trainer": plant_in_trainer,
-    "open_r1.checkpoints": lambda module: before(
-        module, "require_room", lambda out, name: fill("full at save", out)
-    ),
-    "open_r1.report": lambda module: before(
-        module, "save_model", lambda trainer, out: fill("full at end", out)
-    ),
-    "open_r1.model": lambda module: (wait("slow start"), None)[1],
+    "open_r1.checkpoints": lambda module: before(module, "require_room", lambda out, name: fill("full at save", out)),
+    "open_r1.report": lambda module: before(module, "save_model", lambda trainer, out: fill("full at end", out)),
+    "open_r1.model": plant_in_loading,
     "transformers.models.qwen3.modeling_qwen3": plant_in_model,
 }
 
@@ -121,5 +120,4 @@ class Finder:
 
 
 if FAULTS:
-    with contextlib.suppress(ValueError):
-        sys.meta_path.insert(0, Finder())
+    sys.meta_path.insert(0, Finder())
