@@ -415,6 +415,8 @@ class OrderedTrainer(SFTTrainer):
             *(self._tr_loss, self.last_norm, self.model_wrapped, None, self.state.epoch, None, time.time()),
             learning_rate=self.last_rate,
         )
+        if any("eval_loss" in entry for entry in here):
+            self.model.eval()  # as the evaluation left it: the summary of a run with no step left is logged like that
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Upstream's, unless nothing is left to train: it would train a step more (transformers 5.23)."""
