@@ -306,7 +306,8 @@ class OrderedTrainer(SFTTrainer):
             self.seal(staged)
             if self.args.should_save:
                 checkpoints.publish(staged, out)
-                record(str(out), global_step=step)
+                with checkpoints.room(out, "the run"):  # the checkpoint is
+                    record(str(out), global_step=step)
                 checkpoints.rotate(out, self.limit, self.state.best_model_checkpoint)
         if self.args.push_to_hub and not self.preempted:
             self._push_from_checkpoint(str(out / name))
