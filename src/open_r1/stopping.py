@@ -62,12 +62,13 @@ class Stop:
             if self.ended or number[0] not in SIGNALS:
                 continue
             name, now = signal.Signals(number[0]).name, time.monotonic()
+            waits = self.waits if first is None else now - first[1] < SAME_REQUEST
             first = first or (name, now)
-            if self.waits and now - first[1] < SAME_REQUEST:
+            if waits:
                 continue
             time.sleep(AT_ONCE)
             if not self.ended:
-                then = f"{first[0]}, and then {name}" if self.waits else name
+                then = f"{first[0]}, and then {name}" if first[1] < now else name
                 self.last_words(f"{then}: stopped at once, without saving")
                 os._exit(EXIT_CODE)
         os.close(pipe)

@@ -279,7 +279,8 @@ class TestSignals:
         assert job.state["status"] == "preempted"
         assert "SIGUSR1, and then SIGTERM: stopped at once, without saving" in job.state["reason"]
         assert newest(out).name == f"checkpoint-{SAVE}"
-        go_on(start("ddp", out), reference("ddp"))
+        if stuck == "in Python":
+            go_on(start("ddp", out), reference("ddp"))
 
     @pytest.mark.parametrize("launch", ["one", "zero3"])
     def test_while_starting_up_nothing_is_lost(self, launch, reference, start, tmp_path):

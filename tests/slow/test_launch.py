@@ -9,11 +9,13 @@ import random
 import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, losses, settings
+from kill_harness import TOKEN, kill
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RECIPE = "recipes/demo/sft/config_docstrings.yaml"
@@ -91,10 +93,11 @@ def test_killed_and_started_again_it_is_the_same_run(config, packing, tiny_model
     run(config, argv(tmp_path / "whole"))
     torn = tmp_path / "torn"
     target = random.Random(f"{config}{packing}").randint(6, 30)
+    token = uuid.uuid4().hex
     with subprocess.Popen(
         command(config, argv(torn)),
         cwd=ROOT,
-        env=environment(),
+        env={**environment(), TOKEN: token},
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -105,7 +108,7 @@ def test_killed_and_started_again_it_is_the_same_run(config, packing, tiny_model
             seen += "'loss'" in line
             if seen == target:
                 break
-        os.killpg(process.pid, signal.SIGKILL)
+        kill(token, [process.pid])  # workers, too: they are in sessions of their own
     assert json.loads((torn / "run_state.json").read_text())["status"] == "running"
     assert "resuming from" in run(config, argv(torn))
     assert losses(torn) == losses(tmp_path / "whole")
@@ -185,17 +188,18 @@ def test_killed_during_the_final_save_the_next_start_finishes_it(file, tiny_mode
 
     run(None, argv(tmp_path / "whole"))
     torn = tmp_path / "torn"
+    token = uuid.uuid4().hex
     with subprocess.Popen(
         command(None, argv(torn)),
         cwd=ROOT,
-        env=environment(),
+        env={**environment(), TOKEN: token},
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as process:
         while not (torn / file).exists() and process.poll() is None:
             pass
-        os.killpg(process.pid, signal.SIGKILL)
+        kill(token, [process.pid])  # workers, too: they are in sessions of their own
     assert process.returncode == -signal.SIGKILL
     run(None, argv(torn))
     assert json.loads((torn / "run_state.json").read_text())["status"] == "complete"
