@@ -418,6 +418,8 @@ class OrderedTrainer(SFTTrainer):
             *(self._tr_loss, self.last_norm, self.model_wrapped, None, self.state.epoch, None, time.time()),
             learning_rate=self.last_rate,
         )
+        here = [entry for entry in self.state.log_history if entry.get("step") == step]
+        self.model.train(not any("eval_loss" in entry for entry in here))  # as the save was left, for the last log
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Upstream's, unless nothing is left to train: it would train a step more (transformers 5.23)."""
