@@ -474,7 +474,8 @@ class OrderedTrainer(SFTTrainer):
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write the model card from the run's manifest, also where upstream would write its own over it."""
-        if self.is_world_process_zero() and Path(self.args.output_dir, "manifest.json").exists():
+        there = Path(self.args.output_dir, "manifest.json").exists()
+        if self.is_world_process_zero() and there and not self.is_in_train:  # TRL writes one with every checkpoint
             write_card(self.args.output_dir)
 
     def push_to_hub(self, commit_message: str = "End of training", **_: Any) -> Any:
