@@ -13,6 +13,7 @@ from trl import SFTTrainer
 from open_r1.card import write_manifest
 from open_r1.checkpoints import SAVING, flush, room, sync, write_whole
 from open_r1.errors import UserError
+from open_r1.faults import watch
 from open_r1.findings import Finding, as_text, has_errors
 from open_r1.handover import answers, parameters, verify
 from open_r1.recipe import Recipe
@@ -30,14 +31,17 @@ ANSWERS, ANSWERS_ON_CPU = 1_000_000_000, 200_000_000
 ANSWER_TOKENS = 64
 
 
-def train(trainer: "OrderedTrainer", checkpoint: str | None) -> None:
-    """Train, from a checkpoint where there is one, and save model, state and metrics before anything else.
+def train(trainer: "OrderedTrainer") -> None:
+    """Train, from the checkpoint of an earlier run where there is one, and save model, state and metrics first of all.
 
     Raises `Preempted` when the run was told to stop: it is saved, and there is no final model.
     """
     out = Path(trainer.args.output_dir)
-    with room(out, "the run"):
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    try:
+        with room(out, "the run"):
+            metrics = trainer.train(resume_from_checkpoint=trainer.earlier.get("checkpoint")).metrics
+    finally:
+        watch(None)
     if trainer.preempted:
         step = trainer.state.global_step
         raise Preempted(f"{trainer.stop.signal or 'a signal to another process'}, saved as checkpoint-{step}")

@@ -104,7 +104,6 @@ class Course(TrainerCallback):
 
     def on_train_end(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Nothing waits for the end of a step any more."""
-        faults.watch(None)
         self.trainer.stop.waits = False
 
 
@@ -125,14 +124,14 @@ class OrderedTrainer(SFTTrainer):
         order: Order,
         part: "Part",
         facts: dict[str, Any],
-        earlier: dict[str, Any] | None,
+        earlier: dict[str, Any],
         stop: Stop,
         limit: int | None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.order, self.part, self.stop, self.limit = order, part, stop, limit
-        self.facts, self.earlier = facts, earlier or {}
+        self.facts, self.earlier = facts, earlier
         self.losses = faults.Losses(self.args.loss_spike)
         self.preempted = False
         self.saving = False
@@ -212,8 +211,8 @@ class OrderedTrainer(SFTTrainer):
             faults.write_rows(Path(self.args.output_dir) / name, about, rows)
         raise Stopped(
             f"step {about['step']}: {about['what']}, and was not learnt from: {faults.in_words(rows)}; {name} in "
-            f"{self.args.output_dir} has the rows: take them out, lower learning_rate, or try float32. The last "
-            "checkpoint is sound"
+            f"{self.args.output_dir} has the rows: take them out, lower learning_rate, or try float32; what is "
+            "saved is sound"
         )
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
