@@ -150,10 +150,18 @@ def files_of(checkpoint: Path) -> list[str]:
 def digest(path: Path) -> str:
     """SHA-256 of a file, empty when it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError:
         return ""
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file. Raises `OSError` when it cannot be read."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def state_missing(checkpoint: Path, processes: int) -> str:
