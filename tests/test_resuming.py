@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,19 @@ class TestEveryKey:
         for prefix in (*FREE, *FIXED):
             assert any(key.startswith(prefix) for key in KEYS) or prefix in gone, prefix
         assert set(BATCH) <= set(KEYS)
+
+    def test_the_documentation_lists_what_is_free_and_fixed(self):
+        lines = (ROOT / "docs" / "reliability.md").read_text().splitlines()
+        for kind, told in (
+            ("free", "take effect, with a note"),
+            ("fixed", "refused: the state"),
+            ("batch", "as many"),
+        ):
+            [row, *_] = [line for line in lines if line.startswith("| `") and told in line]
+            named = re.findall(r"`([a-z_0-9]+)(\*?)`", row.split("|")[1])
+            keys = {key for key in KEYS if kind_of(key) == kind}
+            found = {key for key in KEYS if any(key == name or star and key.startswith(name) for name, star in named)}
+            assert found == keys, found ^ keys
 
     def test_what_is_learnt_is_never_free(self):
         for key in (

@@ -22,6 +22,7 @@ import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 from filelock import FileLock, Timeout
 
+from open_r1.checkpoints import sha256
 from open_r1.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -51,20 +52,11 @@ def file_digest(path: str) -> str:
     known = root() / "digests" / digest([os.path.abspath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
     if known.exists():
         return known.read_text()
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest_of(file)
+    found = sha256(Path(path))
     known.parent.mkdir(exist_ok=True)
     partial = known.with_suffix(f".{os.uname().nodename}-{os.getpid()}")
-    partial.write_text(found.hexdigest())
+    partial.write_text(found)
     partial.replace(known)
-    return found.hexdigest()
-
-
-def _digest_of(file: Any) -> Any:
-    """`hashlib.file_digest` for Python 3.10."""
-    found = hashlib.sha256()
-    while block := file.read(2**20):
-        found.update(block)
     return found
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
+from open_r1.checkpoints import write_whole
 from open_r1.recipe import Recipe
 from open_r1.schema import masked
 from open_r1.tables import looks_local
@@ -79,7 +80,7 @@ def write_manifest(trainer: "SFTTrainer", recipe: Recipe, prepared: "Prepared") 
         },
     }
     text = masked(json.dumps(manifest, indent=1, default=str))
-    (out / "manifest.json").write_text(text + "\n", encoding="utf-8")
+    write_whole(out / "manifest.json", text + "\n")
     return manifest
 
 

@@ -120,9 +120,12 @@ def damage(checkpoint: Path, share: Callable[[list[str]], list[str]], gather: Ca
 
     `share` gives this process its part of the files, `gather` brings the findings of all together.
     """
-    files = read_seal(checkpoint)["files"]
-    wrong = [name for name in share(sorted(files)) if digest(checkpoint / name) != files[name][1]]
-    return "; ".join(f"{name} is damaged: its digest is not the one saved" for name in sorted(gather(wrong)))
+    try:
+        files = read_seal(checkpoint)["files"]
+        wrong = [name for name in share(sorted(files)) if digest(checkpoint / name) != files[name][1]]
+    except (OSError, ValueError):  # a process of another node, which does not see it
+        wrong = [SEAL]
+    return "; ".join(f"{name} is damaged: its digest is not the one saved" for name in sorted({*gather(wrong)}))
 
 
 def read_seal(checkpoint: Path) -> dict[str, Any]:
@@ -147,10 +150,18 @@ def files_of(checkpoint: Path) -> list[str]:
 def digest(path: Path) -> str:
     """SHA-256 of a file, empty when it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError:
         return ""
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file. Raises `OSError` when it cannot be read."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def state_missing(checkpoint: Path, processes: int) -> str:

@@ -1,5 +1,6 @@
 """What follows training: evaluation, model card, upload, and the summary. The model is saved before any of it."""
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -10,8 +11,9 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from trl import SFTTrainer
 
 from open_r1.card import write_manifest
-from open_r1.checkpoints import SAVING, flush, room, sync
+from open_r1.checkpoints import SAVING, flush, room, sync, write_whole
 from open_r1.errors import UserError
+from open_r1.faults import watch
 from open_r1.findings import Finding, as_text, has_errors
 from open_r1.handover import answers, parameters, verify
 from open_r1.recipe import Recipe
@@ -29,21 +31,39 @@ ANSWERS, ANSWERS_ON_CPU = 1_000_000_000, 200_000_000
 ANSWER_TOKENS = 64
 
 
-def train(trainer: "OrderedTrainer", checkpoint: str | None) -> None:
-    """Train, from a checkpoint where there is one, and save model, state and metrics before anything else.
+def train(trainer: "OrderedTrainer") -> None:
+    """Train, from the checkpoint of an earlier run where there is one, and save model, state and metrics first of all.
 
     Raises `Preempted` when the run was told to stop: it is saved, and there is no final model.
     """
     out = Path(trainer.args.output_dir)
-    with room(out, "the run"):
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    try:
+        with room(out, "the run"):
+            metrics = trainer.train(resume_from_checkpoint=trainer.earlier.get("checkpoint")).metrics
+    finally:
+        watch(None)
     if trainer.preempted:
         step = trainer.state.global_step
         raise Preempted(f"{trainer.told}, saved as checkpoint-{step}")
     with room(out, "the final model"):
         save_model(trainer, out)
-        trainer.save_state()
-        trainer.save_metrics("train", metrics)
+        save_results(trainer, "train", metrics)
+
+
+def save_results(trainer: SFTTrainer, split: str, metrics: dict[str, float]) -> None:
+    """Write `trainer_state.json`, `<split>_results.json` and `all_results.json`, each the old one or the new one.
+
+    Upstream writes them in place, and cannot start again over one that it was killed in.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    out = Path(trainer.args.output_dir)
+    partial = out / "trainer_state.json.partial"
+    trainer.state.save_to_json(str(partial))
+    partial.replace(out / "trainer_state.json")
+    write_whole(out / f"{split}_results.json", json.dumps(metrics, indent=4, sort_keys=True) + "\n")
+    before = {} if split == "train" else json.loads((out / "train_results.json").read_text())
+    write_whole(out / "all_results.json", json.dumps({**before, **metrics}, indent=4, sort_keys=True) + "\n")
 
 
 def save_model(trainer: SFTTrainer, out: Path) -> None:
@@ -73,8 +93,7 @@ def after_saving(trainer: SFTTrainer, recipe: Recipe, prepared: "Prepared") -> l
     """
 
     def evaluation() -> None:
-        trainer.save_metrics("eval", trainer.evaluate())
-        trainer.save_state()
+        save_results(trainer, "eval", trainer.evaluate())
 
     steps: dict[str, Callable[[], Any]] = {"evaluation": evaluation} if prepared.eval is not None else {}
     if trainer.is_world_process_zero():

@@ -20,6 +20,7 @@ from open_r1.schema import SCHEMA, show
 if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
     from open_r1.order import Order
+    from open_r1.preparation import Part
 
 logger = logging.getLogger(__name__)
 # By how keys begin: where things go and what is told, saved, evaluated and pushed; and how data are read from memory.
@@ -121,11 +122,45 @@ def finished(output_dir: str, settings: dict[str, Any]) -> int | None:
     return step
 
 
-def require_same_run(checkpoint: str, now: dict[str, Any]) -> dict[str, Any]:
-    """Compare a run with the checkpoint it is to go on from, and note what differs. Returns the checkpoint's facts.
+def facts_of(settings: dict[str, Any], part: "Part", order: "Order", args: "SFTConfig") -> dict[str, Any]:
+    """What a checkpoint says of the run that saved it: what decides whether another goes on with it."""
+    from open_r1.card import code, versions
 
-    `now` has `settings`, `data`, `rows_a_step`, `processes`, `launch`, `versions` and `code`, as a seal has. Raises
-    `UserError` with what may not change.
+    return {
+        "settings": settings,
+        "data": part.key,
+        "order": order.facts,
+        "rows_a_step": order.batch,
+        "processes": args.world_size,
+        "launch": launch_of(args),
+        "versions": versions(),
+        "code": code(),
+    }
+
+
+def earlier_run(checkpoint: str | None, facts: dict[str, Any], order: "Order", args: "SFTConfig") -> dict[str, Any]:
+    """What is known of the run that this one goes on with, empty for a fresh start.
+
+    The facts of its checkpoint, `checkpoint` itself, and `passed`, newer ones that are damaged, with what is wrong.
+    Raises `UserError` when there is none to go on from, or this run may not go on with it.
+    """
+    checkpoint, passed = verified(checkpoint, args.output_dir, args.resume)
+    if checkpoint is None:
+        return {}
+    earlier = require_same_run(checkpoint, facts)
+    last = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * order.steps)
+    if earlier["step"] > last:
+        raise UserError(
+            f"{checkpoint} is of step {earlier['step']}, and the run is to end at step {last} (max_steps, "
+            "num_train_epochs); make it longer, or choose another output_dir"
+        )
+    return {**earlier, "checkpoint": checkpoint, "passed": passed}
+
+
+def require_same_run(checkpoint: str, now: dict[str, Any]) -> dict[str, Any]:
+    """Compare a run's facts with those of the checkpoint that it is to go on from, and note what differs.
+
+    Returns the checkpoint's facts. Raises `UserError` with what may not change.
     """
     before = read_seal(Path(checkpoint))
     allowed = now["settings"].get("allow_changes") or []
@@ -198,14 +233,3 @@ def launch_of(args: "SFTConfig") -> str:
     if args.deepspeed_plugin is not None:
         return f"zero{args.deepspeed_plugin.zero_stage}"
     return "fsdp" if args.distributed_state.distributed_type == "FSDP" else "ddp"
-
-
-def require_steps_left(checkpoint: str, order: "Order", args: "SFTConfig") -> None:
-    """Raise `UserError` when a run is to end before the step that its checkpoint is of."""
-    step = read_seal(Path(checkpoint))["step"]
-    last = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * order.steps)
-    if step > last:
-        raise UserError(
-            f"{checkpoint} is of step {step}, and the run is to end at step {last} (max_steps, num_train_epochs); "
-            "make it longer, or choose another output_dir"
-        )

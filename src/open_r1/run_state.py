@@ -61,7 +61,7 @@ def holder() -> dict[str, str | int]:
 
 def now() -> str:
     """The time, UTC."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ if not __package__:  # run as a script: what stands beside it must not hide othe
 from open_r1.checkpoints import checkpoint_to_resume, room
 from open_r1.errors import Stopped, UserError
 from open_r1.recipe import Recipe, load_recipe, set_environment, written_out
-from open_r1.resuming import finished, launch_of, require_same_run, require_steps_left, verified
+from open_r1.resuming import earlier_run, facts_of, finished
 from open_r1.run_state import held, holder, record, record_end
 from open_r1.stopping import EXIT_CODE, Preempted, Stop, heeded
 
@@ -83,7 +83,6 @@ def run(recipe: Recipe, stop: Stop) -> int:
 
     from open_r1 import ledger, preflight
     from open_r1.callbacks import get_callbacks, ready_branch
-    from open_r1.card import code, versions
     from open_r1.chat import get_tokenizer
     from open_r1.faults import free_builds
     from open_r1.model import adapter_config, check_model, get_model
@@ -110,23 +109,10 @@ def run(recipe: Recipe, stop: Stop) -> int:
             findings, plan, training_args.dry_run == "json", shown=training_args.process_index == 0
         )
     preflight.require(findings)
-    facts = {
-        "settings": settings,
-        "data": prepared.train.key,
-        "order": order.facts,
-        "rows_a_step": order.batch,
-        "processes": training_args.world_size,
-        "launch": launch_of(training_args),
-        "versions": versions(),
-        "code": code(),
-    }
-    checkpoint, passed = verified(checkpoint, output_dir, settings.get("resume", "auto"))
-    earlier = {"checkpoint": checkpoint, "passed": passed}
-    if checkpoint is not None:
-        earlier |= require_same_run(checkpoint, facts)
-        require_steps_left(checkpoint, order, training_args)
+    facts = facts_of(settings, prepared.train, order, training_args)
+    earlier = earlier_run(checkpoint, facts, order, training_args)
     if training_args.process_index == 0:
-        ready_branch(training_args, resuming=checkpoint is not None)
+        ready_branch(training_args, resuming=bool(earlier))
         with room(Path(output_dir), "the run"):
             begins = {"status": "running", "reason": "", "global_step": earlier.get("step", 0), **holder()}
             record(output_dir, **begins, **facts)
@@ -148,7 +134,7 @@ def run(recipe: Recipe, stop: Stop) -> int:
         peft_config=adapter_config(model_args, model, tokenizer),
         callbacks=callbacks,
     )
-    train(trainer, checkpoint)
+    train(trainer)
     failed = after_saving(trainer, recipe, prepared)
     if trainer.is_world_process_zero():
         if failed:

@@ -105,7 +105,6 @@ class Course(TrainerCallback):
 
     def on_train_end(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Nothing waits for the end of a step any more."""
-        faults.watch(None)
         self.trainer.stop.waits = False
 
 
@@ -126,14 +125,14 @@ class OrderedTrainer(SFTTrainer):
         order: Order,
         part: "Part",
         facts: dict[str, Any],
-        earlier: dict[str, Any] | None,
+        earlier: dict[str, Any],
         stop: Stop,
         limit: int | None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.order, self.part, self.stop, self.limit = order, part, stop, limit
-        self.facts, self.earlier = facts, earlier or {}
+        self.facts, self.earlier = facts, earlier
         self.losses = faults.Losses(self.args.loss_spike)
         self.preempted, self.told = False, ""  # and by which signal
         self.saving = False
@@ -207,8 +206,8 @@ class OrderedTrainer(SFTTrainer):
             faults.write_rows(Path(self.args.output_dir) / name, about, rows)
         raise Stopped(
             f"step {about['step']}: {about['what']}, and was not learnt from: {faults.in_words(rows)}; {name} in "
-            f"{self.args.output_dir} has the rows: take them out, lower learning_rate, or try float32. The last "
-            "checkpoint is sound"
+            f"{self.args.output_dir} has the rows: take them out, lower learning_rate, or try float32; what is "
+            "saved is sound"
         )
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -416,8 +415,8 @@ class OrderedTrainer(SFTTrainer):
             *(self._tr_loss, self.last_norm, self.model_wrapped, None, self.state.epoch, None, time.time()),
             learning_rate=self.last_rate,
         )
-        if any("eval_loss" in entry for entry in here):
-            self.model.eval()  # as the evaluation left it: the summary of a run with no step left is logged like that
+        here = [entry for entry in self.state.log_history if entry.get("step") == step]
+        self.model.train(not any("eval_loss" in entry for entry in here))  # as the save was left, for the last log
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Upstream's, unless nothing is left to train: it would train a step more (transformers 5.23)."""
@@ -472,7 +471,8 @@ class OrderedTrainer(SFTTrainer):
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write the model card from the run's manifest, also where upstream would write its own over it."""
-        if self.is_world_process_zero() and Path(self.args.output_dir, "manifest.json").exists():
+        there = Path(self.args.output_dir, "manifest.json").exists()
+        if self.is_world_process_zero() and there and not self.is_in_train:  # TRL writes one with every checkpoint
             write_card(self.args.output_dir)
 
     def push_to_hub(self, commit_message: str = "End of training", **_: Any) -> Any:
