@@ -77,10 +77,12 @@ class Stop:
 @contextlib.contextmanager
 def heeded() -> Iterator[Stop]:
     """Heed signals in this block. They are Python's main thread's business; elsewhere none is heeded."""
+    global heeding
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
+    heeding = stop
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -89,32 +91,39 @@ def heeded() -> Iterator[Stop]:
     try:
         yield stop
     finally:
-        stop.ended = True
+        stop.ended, heeding = True, None
         signal.set_wakeup_fd(wakeup)
         os.close(writing)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def forget_pipe() -> None:
-    """In a forked child: its signals are none of its parent's."""
-    with contextlib.suppress(ValueError):  # it has no main thread of Python's
-        signal.set_wakeup_fd(-1)
+def in_training() -> bool:
+    """Whether a signal waits for the end of a step, and it can be told whom one is from (not on macOS)."""
+    return heeding is not None and heeding.waits and hasattr(signal, "sigwaitinfo")
 
 
-os.register_at_fork(after_in_child=forget_pipe)
-
-
-def ignore_in_worker(then: Callable[[int], None] | None, worker: int) -> None:
-    """For data loader workers: a signal to the whole job must not kill them under a step that is to end.
-
-    Their parent's must: when Python ends over an error it terminates its children and waits for them without end.
-    """
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS; nothing else tells who a signal is from
+def before_fork() -> None:
+    """A child has its parent's mask from the first moment on: what comes before it can see to itself is not lost."""
+    if in_training():
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def after_fork_in_parent() -> None:
+    """Heed signals again."""
+    if in_training():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def after_fork_in_child() -> None:
+    """A signal to the whole job must not kill a data loader worker under a step that is to end.
+
+    Its parent's must: when Python ends over an error it terminates its children and waits for them without end.
+    """
+    with contextlib.suppress(ValueError):  # its signals are none of its parent's; it has no main thread of Python's
+        signal.set_wakeup_fd(-1)
+    if in_training():
         threading.Thread(target=heed_parent, args=(os.getppid(),), daemon=True, name="signals").start()
-    if then is not None:
-        then(worker)
 
 
 def heed_parent(parent: int) -> None:
@@ -122,3 +131,7 @@ def heed_parent(parent: int) -> None:
     while signal.sigwaitinfo(SIGNALS).si_pid != parent:
         pass
     os._exit(0)
+
+
+heeding: Stop | None = None
+os.register_at_fork(before=before_fork, after_in_parent=after_fork_in_parent, after_in_child=after_fork_in_child)

@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ from open_r1.errors import Stopped, UserError
 from open_r1.order import Order, cut_back, line_of, require_rows, require_same_order
 from open_r1.resuming import OPTIMIZER, SCHEDULE, changed
 from open_r1.run_state import record
-from open_r1.stopping import SIGNALS, Stop, ignore_in_worker
+from open_r1.stopping import SIGNALS, Stop
 
 if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
@@ -154,13 +153,6 @@ class OrderedTrainer(SFTTrainer):
                 f"{self.order.batch} rows; take out of the launch config and accelerator_config what changes it"
             )
         return self.order
-
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's, for training and for evaluation; its workers leave it to this process to heed signals."""
-        loader = super()._get_dataloader(*args, **kwargs)
-        inner = getattr(loader, "base_dataloader", loader)  # accelerate's only passes on what is asked of it
-        inner.worker_init_fn = partial(ignore_in_worker, inner.worker_init_fn)
-        return loader
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The batches of a step, seen to be those of the order."""
