@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -242,6 +243,18 @@ class TestSignals:
             time.sleep(0.2)
             os.kill(child, signal.SIGTERM)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+    def test_one_forked_in_training_heeds_its_parent_alone_from_its_first_moment_on(self):
+        with heeded() as stop:
+            stop.waits = True
+            if (child := os.fork()) == 0:
+                time.sleep(30)
+                os._exit(1)
+            subprocess.run(["kill", "-TERM", str(child)], check=True)
+            time.sleep(0.3)
+            assert os.waitpid(child, os.WNOHANG) == (0, 0)
+            os.kill(child, signal.SIGTERM)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
     def test_a_checkpoint_now(self, argv, at, tmp_path):
         at(6, lambda trainer: (Path(trainer.args.output_dir) / "CHECKPOINT_NOW").touch())
