@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     try:
         recipe = load_recipe(sys.argv[1:] if argv is None else argv)
-        output_dir = recipe.values.setdefault("output_dir", "data/sft")
+        output_dir = recipe.values["output_dir"] = os.path.expanduser(recipe.values.get("output_dir", "data/sft"))
         with heeded() as stop:
             if recipe.values.get("dry_run") not in (None, False):
                 return run(recipe, stop)

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,11 @@ class Course(TrainerCallback):
         if trainer.is_deepspeed_enabled:
             trainer.skipped = trainer.deepspeed.skipped_steps
             trainer.deepspeed.optimizer.check_grad_overflow = True  # else only in half precision
+        for callback in trainer.callback_handler.callbacks:  # one that `allow_changes` brought is in no checkpoint
+            if isinstance(callback, EarlyStoppingCallback):
+                state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
         if state.global_step:
+            args.eval_on_start = False  # that was done when the run started
             trainer.restore_progress()
             trainer.catch_up()
 
@@ -134,12 +139,15 @@ class OrderedTrainer(SFTTrainer):
         self.facts, self.earlier = facts, earlier
         self.losses = faults.Losses(self.args.loss_spike)
         self.preempted, self.told = False, ""  # and by which signal
+        self.asked = False  # a checkpoint, whatever the schedule says
         self.saving = False
         self.skipped = 0
         self.seconds, self.started = 0.0, time.time()
         self.last_norm: float | None = None
         self.last_rate: float | None = None
         self.micro, self.step_loss = 0, torch.zeros(())
+        self.random = tempfile.TemporaryDirectory()
+        self.caught_up = False
         self.add_callback(Course(self))
 
     # Reading
@@ -245,7 +253,7 @@ class OrderedTrainer(SFTTrainer):
         *told, saving, loss = self.accelerator.reduce(torch.cat([told, mean.reshape(1)]), "sum").tolist()
         self.report_spike(loss)
         if saving:
-            control.should_save = True
+            control.should_save = self.asked = True
             asked.unlink(missing_ok=True)
         self.told = next((number.name for number, count in zip(SIGNALS, told, strict=True) if count), "")
         if self.told:
@@ -275,10 +283,19 @@ class OrderedTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint that is complete or not there. One that is there already is never written over."""
-        out, step = Path(self.args.output_dir), self.state.global_step
-        name = f"checkpoint-{step}"
+        out, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         if not checkpoints.lacks_files(out / name) and str(out / name) not in self.earlier.get("passed", {}):
             return
+        only_model = self.args.save_only_model
+        self.args.save_only_model = only_model and not self.preempted
+        try:
+            self._save_whole(model, trial, out, name)
+        finally:
+            self.args.save_only_model = only_model
+
+    def _save_whole(self, model: Any, trial: Any, out: Path, name: str) -> None:
+        """Write, seal and publish a checkpoint."""
+        step = self.state.global_step
         with checkpoints.room(out, name):
             if self.args.should_save:
                 shutil.rmtree(out / checkpoints.SAVING, ignore_errors=True)
@@ -292,6 +309,8 @@ class OrderedTrainer(SFTTrainer):
                 self.saving = False
             staged = out / checkpoints.SAVING / name
             self.settle_best(out, staged)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / "trainer_state.json"))
             self.save_progress(staged)
             self.accelerator.wait_for_everyone()
             self.seal(staged)
@@ -304,13 +323,11 @@ class OrderedTrainer(SFTTrainer):
             self._push_from_checkpoint(str(out / name))
         self.accelerator.wait_for_everyone()
 
-    def settle_best(self, out: Path, staged: Path) -> None:
+    def settle_best(self, out: Path, staged: Path | None = None) -> None:
         """Say where the best checkpoint is; upstream looks for it where this one is being written."""
         best = out / f"checkpoint-{self.state.best_global_step}"
-        if best.exists() or best.name == staged.name:
+        if best.exists() or (staged is not None and best.name == staged.name):
             self.state.best_model_checkpoint = str(best)
-        if self.args.should_save:
-            self.state.save_to_json(str(staged / "trainer_state.json"))
 
     def seal(self, staged: Path) -> None:
         """Flush a checkpoint and write its seal. Every process takes its share of the digests."""
@@ -343,7 +360,11 @@ class OrderedTrainer(SFTTrainer):
         """Upstream's, remembering what a log of this step would say."""
         self.last_norm = None if grad_norm is None else float(grad_norm)
         self.last_rate = learning_rate
+        asked = self.control.should_save and (self.preempted or self.asked)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs)
+        if asked:  # save_strategy: best takes it back where an evaluation is not the best; else it is there already
+            self._save_checkpoint(self.model_wrapped, None)
+        self.asked = False
 
     def save_progress(self, staged: Path) -> None:
         """Save what is summed up for the next log and for the whole run, of this process. JSON keeps every bit."""
@@ -403,12 +424,21 @@ class OrderedTrainer(SFTTrainer):
             and args.eval_delay <= (step if by_steps else self.state.epoch)
             and not any("eval_loss" in entry for entry in here)
         )
+        if evaluates := self.control.should_evaluate:
+            self._load_rng_state(self.earlier["checkpoint"])
         self._maybe_log_save_evaluate(
             *(self._tr_loss, self.last_norm, self.model_wrapped, None, self.state.epoch, None, time.time()),
             learning_rate=self.last_rate,
         )
         here = [entry for entry in self.state.log_history if entry.get("step") == step]
         self.model.train(not any("eval_loss" in entry for entry in here))  # as the save was left, for the last log
+        if evaluates:  # an evaluation draws random numbers: training goes on behind them
+            self._save_rng_state(self.random.name)
+            self.caught_up = True
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Upstream's; behind `catch_up`, the state that it left."""
+        super()._load_rng_state(self.random.name if checkpoint and self.caught_up else checkpoint)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Upstream's, unless nothing is left to train: it would train a step more (transformers 5.23)."""
@@ -420,6 +450,7 @@ class OrderedTrainer(SFTTrainer):
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         """The metrics of the whole run, not of what was trained since it was last started."""
         self._initial_global_step = 0
+        self.settle_best(Path(self.args.output_dir))
         return super()._finalize_training(trial, num_train_samples, start_time - self.seconds)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
