@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +62,21 @@ def checkpoint_to_resume(output_dir: str, resume: str, passed: dict[str, str] | 
             )
         return None
     if resume not in ("auto", "must"):
-        if lacking := passed.get(resume) or what_it_lacks(Path(resume)):
+        named = Path(resume).resolve()
+        whole = [path for path in found if not what_it_lacks(path)]
+        mine = [path for path in whole if read_seal(path)["settings"].get("resume") == resume]
+        if mine and named.parent != Path(output_dir).resolve():  # begun from there already
+            resume = "auto"
+        elif lacking := passed.get(resume) or what_it_lacks(named):
             raise UserError(f"resume: {resume} cannot be resumed from: {lacking}")
-        for newer in found[: found.index(Path(resume))] if Path(resume) in found else found:
-            if not what_it_lacks(newer):
+        else:
+            newer = [path for path in whole if path.resolve() != named]
+            if newer and (named.parent != Path(output_dir).resolve() or whole[0].resolve() != named):
                 raise UserError(
-                    f"resume: {resume} is followed by {newer}, which saving would have to overwrite; choose another "
-                    f"output_dir, or remove {newer.name} and what is newer"
+                    f"resume: {resume} is followed by {newer[0]}, which saving would have to overwrite; choose "
+                    f"another output_dir, or remove {newer[0].name} and what is newer"
                 )
-        return resume
+            return resume
     reasons = []
     for checkpoint in found:
         lacking = passed.get(str(checkpoint)) or what_it_lacks(checkpoint)
@@ -89,8 +95,11 @@ def checkpoint_to_resume(output_dir: str, resume: str, passed: dict[str, str] | 
     return None
 
 
-def what_it_lacks(checkpoint: Path) -> str:
-    """Why a directory cannot be resumed from, as far as names and sizes tell; empty when they tell nothing."""
+def what_it_lacks(checkpoint: Path, resume: bool = True) -> str:
+    """Why a directory is no whole checkpoint, as far as names and sizes tell; empty when they tell nothing.
+
+    `resume`: to be gone on from. One that was saved without its optimizer is whole, but not for that.
+    """
     if not checkpoint.is_dir():
         return "there is no such directory"
     try:
@@ -100,7 +109,7 @@ def what_it_lacks(checkpoint: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError) as error:
         missing = isinstance(error, FileNotFoundError)
         return f"{SEAL} is {'missing' if missing else 'broken'}, so it was not saved to its end by this program"
-    if not resumable:
+    if resume and not resumable:
         return "it has no optimizer state (saved with save_only_model)"
     for name, size in sizes.items():
         try:
@@ -243,26 +252,22 @@ def publish(staged: Path, output_dir: Path) -> None:
     sync(output_dir)
 
 
-def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
+def rotate(output_dir: Path, limit: int | None, best: str | None, passed: Collection[str] = ()) -> None:
     """Let the oldest checkpoints go that are more than `limit`, never the newest and the best.
 
-    Only complete ones count: upstream counts directories, and could let the last complete one go.
+    Only whole ones count, none that was `passed` over: upstream counts directories, and could let the last whole one
+    go.
     """
-    complete = [path for path in checkpoints(output_dir) if not lacks_files(path)]
-    kept = complete[:1] + [path for path in complete[1:] if str(path) == best]
-    for path in complete if limit else ():
+    found = [path for path in checkpoints(output_dir) if str(path) not in passed]
+    whole = [path for path in found if not what_it_lacks(path, resume=False)]
+    kept = whole[:1] + [path for path in whole[1:] if str(path) == best]
+    for path in whole if limit else ():
         if path not in kept and len(kept) < limit:
             kept.append(path)
         elif path not in kept:  # out of sight first: it must not be found half removed
             (output_dir / SAVING).mkdir(exist_ok=True)
             gone = path.rename(output_dir / SAVING / path.name)
             shutil.rmtree(gone, ignore_errors=True)
-
-
-def lacks_files(checkpoint: Path) -> bool:
-    """Whether a checkpoint is not complete. One without an optimizer is, when that was asked for."""
-    lacking = what_it_lacks(checkpoint)
-    return bool(lacking) and "save_only_model" not in lacking
 
 
 def require_room(output_dir: Path, name: str) -> None:
@@ -299,7 +304,9 @@ def no_room(output_dir: Path, name: str, needed: int) -> Stopped:
     """The error for a disk that is full. What did not fit takes more than is free, whatever was needed before."""
     free = shutil.disk_usage(output_dir).free
     takes = f"it takes {'' if needed > free else 'more than '}{max(needed, free) / 1e6:,.1f} MB"
-    older = next((f"{path.name} is whole; " for path in checkpoints(output_dir) if not lacks_files(path)), "")
+    older = next(
+        (f"{path.name} is whole; " for path in checkpoints(output_dir) if not what_it_lacks(path, resume=False)), ""
+    )
     return Stopped(
         f"{name} could not be saved: {takes}, and {free / 1e6:,.1f} MB are free in {output_dir}; {older}make room and "
         "start again with the same command"

@@ -196,6 +196,15 @@ def of_run(recipe: "Recipe") -> Iterator[str]:
             f"{origin['allow_changes']}: allow_changes names keys of a recipe, and data; {key!r} is none"
             f"{meant(key, SCHEMA['properties']) or ''}"
         )
+    every, saved = values.get("eval_steps") or values.get("logging_steps", 10), values.get("save_steps", 500)
+    if values.get("load_best_model_at_end") and saves == evaluates == "steps" and every != saved:
+        yield (
+            f"{origin['load_best_model_at_end']}: the best model can only be one that was saved: make eval_steps "
+            f"({every}) and save_steps ({saved}) the same"
+        )
+    out, name = (os.path.realpath(str(values.get(key))) for key in ("output_dir", "model_name_or_path"))
+    if out == name and os.path.isdir(name):
+        yield f"{origin['output_dir']}: output_dir is the model's directory and would be written over; choose another"
     steps, warm = values.get("max_steps", -1), values.get("warmup_steps", 0)
     if all(isinstance(number, (int, float)) for number in (steps, warm)) and 0 < steps <= warm:
         recipe.notes.append(f"{origin['warmup_steps']}: all of max_steps {steps} is warm-up (warmup_steps {warm})")
@@ -215,8 +224,11 @@ def of_batches(recipe: "Recipe") -> Iterator[str]:
             f"({origin['gradient_accumulation_steps']}) x per_device_train_batch_size {each} x {processes} processes; "
             "keep global_batch_size, from which gradient_accumulation_steps follows"
         )
-    if size is not None and values.get("auto_find_batch_size"):
-        yield f"{origin['auto_find_batch_size']}: auto_find_batch_size changes global_batch_size; keep one"
+    if values.get("auto_find_batch_size"):
+        yield (
+            f"{origin['auto_find_batch_size']}: auto_find_batch_size changes the rows of a step, and trains some "
+            "twice; leave it out: --dry_run says what fits"
+        )
     if values.get("train_sampling_strategy") == "batch_rebalance":
         yield (
             f"{origin['train_sampling_strategy']}: batch_rebalance makes the order of rows depend on the number of "

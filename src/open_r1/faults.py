@@ -34,7 +34,7 @@ class Losses:
         """The median of the last losses, when this one is more than `factor` times that; remembers it."""
         usual = median(self.last) if self.factor and len(self.last) >= AT_LEAST else math.inf
         self.last.append(loss)
-        return usual if loss > (self.factor or 0) * usual else None
+        return usual if usual > 0 and loss > (self.factor or 0) * usual else None
 
 
 def watch(seconds: float | None) -> None:

@@ -1,5 +1,6 @@
 """The model on the dtype, attention and quantisation that fit how it is trained, and its adapter."""
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from open_r1.configs import ModelConfig, SFTConfig
 
 logger = logging.getLogger(__name__)
+SAMPLE = 1 << 20
 FLASH = {
     "flash_attention_2": is_flash_attn_2_available,
     "flash_attention_3": is_flash_attn_3_available,
@@ -182,6 +185,26 @@ def adapter_base(name: str) -> str | None:
     if kind != "LORA":
         raise UserError(f"{config}: peft_type is {kind}; only LoRA adapters are read here")
     return base
+
+
+def contents_of_base(model_args: "ModelConfig") -> str | None:
+    """What tells the weights under an adapter from others: the commit of a hub model, or a digest of samples of files.
+
+    Of each file the size and a MiB of its beginning, middle and end: other weights differ everywhere.
+    """
+    name = adapter_base(model_args.model_name_or_path) or model_args.model_name_or_path
+    if not Path(name).is_dir():
+        config = try_to_load_from_cache(name, "config.json", revision=model_args.model_revision)
+        return Path(config).parent.name if isinstance(config, str) else None
+    found = hashlib.sha256()
+    for path in sorted(Path(name).glob("*.safetensors")):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for start in (0, size // 2, size - SAMPLE):
+                file.seek(max(0, start))
+                found.update(file.read(SAMPLE))
+    return found.hexdigest()[:32]
 
 
 def weights_dtype(model_args: "ModelConfig", training_args: "SFTConfig") -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from datasets import Dataset
 from torch.utils.data import Sampler
 
+from open_r1.checkpoints import write_whole
 from open_r1.errors import Stopped, UserError
 
 if TYPE_CHECKING:
@@ -30,13 +31,14 @@ class Order(Sampler[int]):
     the accumulation: accelerate deals batches out in turn. An epoch of the trainer is `steps` whole steps, so what is
     left of a permutation is the beginning of the next epoch, and no row is read twice to fill a batch.
 
-    `lengths` are the tokens of each row, `batch` the rows of a step, `epoch` the one that is read next.
+    `lengths` are the tokens of each row, `batch` the rows of a step, `epoch` the one that is read next. `offset` is
+    where the stream begins for a run that was begun with another batch, so that no row is left out.
     """
 
     def __init__(self, lengths: np.ndarray, seed: int, batch: int, strategy: str, longest_first: bool) -> None:
         self.lengths, self.seed, self.batch = lengths, seed, batch
         self.strategy, self.longest_first = strategy, longest_first
-        self.epoch = 0
+        self.epoch = self.offset = 0
         self.known: dict[tuple[int, int], np.ndarray] = {}
 
     @property
@@ -48,11 +50,17 @@ class Order(Sampler[int]):
         return self.steps * self.batch
 
     def __iter__(self) -> Iterator[int]:
-        yield from self.rows(self.epoch * len(self), (self.epoch + 1) * len(self)).tolist()
+        start = self.offset + self.epoch * len(self)
+        yield from [0] * -start  # before the beginning: steps that are only skipped
+        yield from self.rows(max(start, 0), start + len(self)).tolist()
 
     def of_step(self, step: int) -> np.ndarray:
         """The rows of an optimiser step, counted from 1."""
-        return self.rows((step - 1) * self.batch, step * self.batch)
+        return self.rows(self.read(step - 1), self.read(step))
+
+    def read(self, step: int) -> int:
+        """How many rows of the stream have been read when a step ends."""
+        return self.offset + step * self.batch
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """The stream from one position to another, int64."""
@@ -140,24 +148,39 @@ def fingerprint(rows: np.ndarray) -> str:
 
 def line_of(order: Order, step: int, data: str) -> str:
     """The line of a step in `order.jsonl`: `step`, `epoch` (the permutation in which it starts), `rows`, `data`."""
-    epoch = (step - 1) * order.batch // len(order.lengths)
+    epoch = order.read(step - 1) // len(order.lengths)
     line = {"step": step, "epoch": epoch, "rows": fingerprint(order.of_step(step)), "data": data}
     return json.dumps(line) + "\n"
 
 
 def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
-    """Keep the lines of an `order.jsonl` up to a step and return them. One that was not written to its end goes."""
-    kept, lines = [], []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
-        if not line.endswith("}\n") or json.loads(line)["step"] > step:
+    """Keep the lines of a file up to a step, and return them; what is behind a line that is broken goes, too."""
+    kept = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            if (said := json.loads(line))["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError):
             break
-        kept.append(line)
-        lines.append(json.loads(line))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
-    return lines
+        kept.append(said)
+    if path.exists():
+        write_whole(path, "".join(json.dumps(said) + "\n" for said in kept))
+    return kept
+
+
+def cut_back_order(path: Path, step: int, order: Order, data: str, same: bool) -> None:
+    """Make an `order.jsonl` that of the steps up to a checkpoint's.
+
+    Where the order is the `same` as then, its lines must be what it gives now (raises `Stopped`), and those that a
+    crash took are written again.
+    """
+    lines = cut_back(path, step)
+    if same:
+        require_same_order(lines, order)
+        have = {line["step"] for line in lines}
+        missing = [line_of(order, number, data) for number in range(1, step + 1) if number not in have]
+        told = [*(json.dumps(line) + "\n" for line in lines), *missing]
+        write_whole(path, "".join(sorted(told, key=lambda line: json.loads(line)["step"])))
 
 
 def require_same_order(lines: list[dict[str, Any]], order: Order) -> None:
@@ -166,8 +189,8 @@ def require_same_order(lines: list[dict[str, Any]], order: Order) -> None:
         if line["rows"] != fingerprint(order.of_step(line["step"])):
             raise Stopped(
                 f"order.jsonl: step {line['step']} took other rows than the order now says for it, though data, seed "
-                "and batch are the same: the code that orders them has changed; go on with the code of the "
-                "checkpoint, or choose another output_dir"
+                "and batch are the same: the code that orders them has changed; go on with the code of "
+                "the checkpoint, or choose another output_dir"
             )
 
 

@@ -48,6 +48,8 @@ def train(trainer: "OrderedTrainer") -> None:
     with room(out, "the final model"):
         save_model(trainer, out)
         save_results(trainer, "train", metrics)
+    if trainer.stop.signal:  # it came when no step was left that could end
+        raise Preempted(f"{trainer.stop.signal}: trained and saved, what follows is left to the next start")
 
 
 def save_results(trainer: SFTTrainer, split: str, metrics: dict[str, float]) -> None:

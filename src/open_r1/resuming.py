@@ -12,15 +12,23 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from open_r1.checkpoints import WEIGHTS, checkpoint_to_resume, checkpoints, damage, read_seal
+from open_r1.checkpoints import (
+    WEIGHTS,
+    checkpoint_to_resume,
+    checkpoints,
+    damage,
+    read_seal,
+    sha256,
+    what_it_lacks,
+)
 from open_r1.errors import UserError
 from open_r1.run_state import read_state
 from open_r1.schema import SCHEMA, show
 
 if TYPE_CHECKING:
-    from open_r1.configs import SFTConfig
+    from open_r1.configs import ModelConfig, SFTConfig
     from open_r1.order import Order
-    from open_r1.preparation import Part
+    from open_r1.preparation import Prepared
 
 logger = logging.getLogger(__name__)
 # By how keys begin: where things go and what is told, saved, evaluated and pushed; and how data are read from memory.
@@ -33,20 +41,34 @@ FREE += ("dataloader_multi", "ddp_timeout", "debug", "skip_memory", "include_num
 FREE += ("trust_remote_code", "max_bad_rows", "max_truncated", "activation_", "gradient_checkpointing", "torch_empty")
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size")
 FIXED = ("optim", "use_peft", "lora_", "use_rslora", "use_dora", "load_in_", "bnb_", "use_bnb", "fsdp", "deepspeed")
+# Of the others, those that say which rows there are: with one of them, the rows may be others too.
+ROWS = ("dataset", "test_split", "max_length", "packing", "supervision", "on_", "empty_reasoning", "dedup", "chat_")
+ROWS += ("system_prompt", "eos_token", "truncation", "completion_only", "assistant_only", "shuffle", "seed", "model_")
+# Settings that may name a file of settings.
+FILES = ("deepspeed", "fsdp_config", "accelerator_config", "liger_kernel_config")
 LENGTH = ("num_train_epochs", "max_steps")
-# Schedules under which a longer run has the learning rates of a shorter one.
-LEVEL = ("constant", "constant_with_warmup")
+REOPENS = (*LENGTH, "early_stopping_patience", "early_stopping_threshold")
+# Schedules under which a longer run has the learning rates of a shorter one, and those that only PyTorch steps.
+LEVEL, OWN = ("constant", "constant_with_warmup"), ("reduce_lr_on_plateau", "greedy")
 # What the optimizer keeps in a checkpoint, and what the learning rate of a step follows from.
 OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-SCHEDULE = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", *LENGTH)
+RATE = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
+SCHEDULE = (*RATE, *LENGTH)
 
 
 def kind_of(key: str, settings: dict[str, Any] | None = None) -> str:
-    """`free`, `batch`, `fixed` or `decisive`; `settings` tell whether the schedule lets a run become longer."""
+    """`free`, `batch`, `fixed` or `decisive`; for some keys it depends on what else the recipe says."""
+    said = settings or {}
+    schedule = value_of(said, "lr_scheduler_type")
     if key in BATCH:
         return "batch"
-    if key in LENGTH and settings is not None and value_of(settings, "lr_scheduler_type") in LEVEL:
-        return "free"
+    if key in LENGTH and settings is not None:
+        warm = value_of(said, "warmup_steps")  # below 1 a share of all steps
+        return "free" if schedule in LEVEL and not 0 < warm < 1 else "decisive"
+    if key.startswith("eval_") and (
+        schedule in OWN or said.get("early_stopping_patience") or said.get("load_best_model_at_end")
+    ):
+        return "decisive"  # evaluations steer the run
     return "free" if key.startswith(FREE) else "fixed" if key.startswith(FIXED) else "decisive"
 
 
@@ -75,6 +97,8 @@ def compare(before: dict[str, Any], after: dict[str, Any], where: str) -> list[s
     allowed = after.get("allow_changes") or []
     changes = changed(before, after)
     kinds = {key: kind_of(key, after) for key in changes}
+    if {value_of(before, "lr_scheduler_type"), value_of(after, "lr_scheduler_type")} & {*OWN}:
+        kinds |= dict.fromkeys(changes.keys() & {*RATE}, "fixed")  # such a schedule keeps its rates
     fixed = {key: pair for key, pair in changes.items() if kinds[key] == "fixed"}
     refused = {key: pair for key, pair in changes.items() if kinds[key] == "decisive" and key not in allowed}
     if fixed or refused:
@@ -82,57 +106,70 @@ def compare(before: dict[str, Any], after: dict[str, Any], where: str) -> list[s
         if fixed:
             lines.append(f"choose another output_dir: its optimizer or weights fit no other {', '.join(fixed)}")
         else:
-            lines.append(
-                f"say allow_changes: [{', '.join(refused)}] to go on under them, or choose another output_dir"
-            )
+            said = [*allowed, *refused]
+            lines.append(f"say allow_changes: [{', '.join(said)}] to go on under them, or choose another output_dir")
         raise UserError(" ".join(lines))
-    return [f"{told({key: pair})} from here on" for key, pair in changes.items() if kinds[key] != "batch"]
+    stay = dict.fromkeys(("model_name_or_path", "model_revision"), "; the weights stay the checkpoint's")
+    return [
+        f"{told({key: pair})} from here on{stay.get(key, '')}"
+        for key, pair in changes.items()
+        if kinds[key] != "batch"
+    ]
 
 
 def finished(output_dir: str, settings: dict[str, Any]) -> int | None:
     """The last step of the finished run in this directory, None when there is none, or it is to become longer.
 
-    Raises `UserError` when a run there was started with other settings: it is neither passed off as this one nor gone
-    on with under them.
+    Raises `UserError` when the run there was another: it is neither passed off as this one nor opened again as it.
     """
     state = read_state(output_dir)
-    try:
-        status, step, before = state["status"], state["global_step"], dict(state["settings"])
-    except (KeyError, TypeError, ValueError):
+    served = any(next(Path(output_dir).glob(name), None) for name in WEIGHTS)
+    if state.get("status") != "complete" or not isinstance(state.get("settings"), dict) or not served:
         return None
-    if status != "complete" and not checkpoints(Path(output_dir)):
-        return None  # nothing was saved: nothing to mix up
-    compare(before, settings, output_dir)
-    if status != "complete" or not any(next(Path(output_dir).glob(name), None) for name in WEIGHTS):
-        return None
-    changes = changed(before, settings)
-    if set(changes) & set(LENGTH):
+    step, before = state["global_step"], state["settings"]
+    notes, changes = compare(before, settings, output_dir), changed(before, settings)
+    if settings.get("resume") == "never":
+        raise UserError(f"resume: never, but {output_dir} holds a finished run; choose another output_dir")
+    if set(changes) & set(REOPENS):
         if not checkpoints(Path(output_dir)):
             raise UserError(
                 f"{output_dir} holds a finished run without a checkpoint to go on from; choose another output_dir, "
                 f"and train on from its weights: --model_name_or_path {output_dir}"
             )
         return None
-    under = {key: pair for key, pair in changes.items() if kind_of(key, settings) == "decisive"}
+    under = {key: pair for key, pair in changes.items() if kind_of(key, settings) in ("decisive", "batch")}
     if under:
         raise UserError(
             f"{output_dir} holds a run that finished at step {step}: no step is left to go on under {told(under)}; "
             "make it longer too (max_steps, num_train_epochs), or choose another output_dir"
         )
+    for note in notes:
+        if not note.startswith(("output_dir", "resume", "allow_changes", "dry_run")):
+            logger.warning("the run is finished, so this changes nothing: %s", note.removesuffix(" from here on"))
     return step
 
 
-def facts_of(settings: dict[str, Any], part: "Part", order: "Order", args: "SFTConfig") -> dict[str, Any]:
+def facts_of(
+    settings: dict[str, Any], prepared: "Prepared", order: "Order", args: "SFTConfig", model: "ModelConfig"
+) -> dict[str, Any]:
     """What a checkpoint says of the run that saved it: what decides whether another goes on with it."""
     from open_r1.card import code, versions
+    from open_r1.model import contents_of_base
 
+    defaults = {key: spec["default"] for key, spec in SCHEMA["properties"].items() if spec.get("default") is not None}
+    named = {key: value for key, value in settings.items() if isinstance(value, str) and key in FILES}
     return {
         "settings": settings,
-        "data": part.key,
+        "defaults": defaults,
+        "data": prepared.train.key,
+        "evaluated": prepared.eval.key if prepared.eval else None,
         "order": order.facts,
         "rows_a_step": order.batch,
         "processes": args.world_size,
         "launch": launch_of(args),
+        "precision": "fp16" if args.fp16 else "bf16" if args.bf16 else "no",
+        "base": contents_of_base(model) if model.use_peft else None,
+        "files": {key: sha256(Path(path)) for key, path in named.items() if Path(path).is_file()},
         "versions": versions(),
         "code": code(),
     }
@@ -154,6 +191,14 @@ def earlier_run(checkpoint: str | None, facts: dict[str, Any], order: "Order", a
             f"{checkpoint} is of step {earlier['step']}, and the run is to end at step {last} (max_steps, "
             "num_train_epochs); make it longer, or choose another output_dir"
         )
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    best = state.get("best_global_step") if args.load_best_model_at_end else None
+    places = [Path(args.output_dir) / f"checkpoint-{best}", Path(checkpoint).parent / f"checkpoint-{best}"]
+    if best and all(what_it_lacks(place, resume=False) for place in places):
+        raise UserError(
+            f"the best checkpoint so far, {places[0]}, is not there or not whole, and load_best_model_at_end would "
+            "end with it; bring it back, or set load_best_model_at_end: false and allow_changes: [load_best_model_at_end]"
+        )
     return {**earlier, "checkpoint": checkpoint, "passed": passed}
 
 
@@ -163,8 +208,10 @@ def require_same_run(checkpoint: str, now: dict[str, Any]) -> dict[str, Any]:
     Returns the checkpoint's facts. Raises `UserError` with what may not change.
     """
     before = read_seal(Path(checkpoint))
-    allowed = now["settings"].get("allow_changes") or []
-    notes = compare(before["settings"], now["settings"], checkpoint)
+    settings = {**before["defaults"], **before["settings"]}
+    allowed = set(now["settings"].get("allow_changes") or [])
+    notes = compare(settings, now["settings"], checkpoint)
+    changes = changed(settings, now["settings"])
     recut = before["launch"] != "ddp" and before["processes"] != now["processes"]
     if before["launch"] != now["launch"] or recut:
         raise UserError(
@@ -172,33 +219,43 @@ def require_same_run(checkpoint: str, now: dict[str, Any]) -> dict[str, Any]:
             f"{now['processes']} under {now['launch']}, and its optimizer state is cut up for the former; launch it "
             f"as before, or train on from its weights in another output_dir: --model_name_or_path {checkpoint}"
         )
-    if before["rows_a_step"] != now["rows_a_step"] and not set(BATCH) & set(allowed):
+    if before["rows_a_step"] != now["rows_a_step"] and not set(BATCH) & allowed:
         raise UserError(
             f"{checkpoint} was trained with {before['rows_a_step']} rows a step, and a step would now take "
             f"{now['rows_a_step']} ({now['processes']} processes, before {before['processes']}); set "
             f"global_batch_size: {before['rows_a_step']}, or say allow_changes: [global_batch_size]"
         )
-    named = {"data"} | {key for key in changed(before["settings"], now["settings"]) if kind_of(key) == "decisive"}
-    if before["data"] != now["data"] and not named & set(allowed):
-        raise UserError(
-            f"{checkpoint} was trained on other rows: files, template, tokenizer or evaluation data have changed "
-            "since; bring them back, say allow_changes: [data], or choose another output_dir"
+    of_rows = {"data"} | {key for key in changes if key.startswith(ROWS) and kind_of(key) == "decisive"}
+    for what, names, says in (
+        ("data", of_rows, "was trained on other rows: files, template or tokenizer have changed"),
+        ("evaluated", {*of_rows, "eval_dataset_name"}, "was evaluated on other rows, files have changed"),
+        ("precision", {"bf16", "fp16"}, f"was trained in {before['precision']}, this would be {now['precision']}"),
+        ("base", {"model_name_or_path", "model_revision"}, "is an adapter of other weights"),
+    ):
+        if before[what] != now[what] and None not in (before[what], now[what]):
+            if not names & allowed:
+                name = "data" if what == "evaluated" else min(names, key=len)
+                raise UserError(
+                    f"{checkpoint} {says} since; bring that back, say allow_changes: [{name}], or choose another "
+                    "output_dir"
+                )
+            notes.append(f"{what} is another from here on")
+    for key in {**before["files"], **now["files"]}:
+        if before["files"].get(key) != now["files"].get(key) and key not in allowed:
+            raise UserError(f"{key}: what the file says has changed since {checkpoint}; bring it back")
+    if before["rows_a_step"] != now["rows_a_step"]:
+        notes.append(
+            f"{before['rows_a_step']} rows a step -> {now['rows_a_step']}, beginning with the next unread row"
         )
-    if before["data"] != now["data"]:
-        notes.append("the rows are others from here on")
     if before["processes"] != now["processes"]:
         notes.append(
             f"{before['processes']} processes -> {now['processes']}: the same rows a step; what is random within a "
             "step (dropout) is drawn anew"
         )
-    for what in ("versions", "code"):
-        differs = {
-            name: (before[what].get(name), now[what].get(name))
-            for name in {**before[what], **now[what]}
-            if before[what].get(name) != now[what].get(name)
-        }
-        if differs:
-            notes.append(f"{told(differs)}: losses may differ from those of an uninterrupted run in their last digits")
+    then, this = ({**facts["versions"], "open_r1": facts["code"].get("digest")} for facts in (before, now))
+    differs = {name: (then.get(name), this.get(name)) for name in {**then, **this} if then.get(name) != this.get(name)}
+    if differs:
+        notes.append(f"{told(differs)}: losses may differ from those of an uninterrupted run in their last digits")
     for note in notes:
         logger.warning("since %s: %s", Path(checkpoint).name, note)
     return before

@@ -40,17 +40,26 @@ def record(output_dir: str, durable: bool = True, **facts: Any) -> None:
     write_whole(Path(output_dir) / RUN_STATE, json.dumps(state, indent=1, default=str) + "\n", durable)
 
 
-def record_end(output_dir: str, status: str, reason: str) -> None:
-    """Say how a run ended. Of several processes the first has the word: others fail because it did."""
-    if read_state(output_dir).get("status") == "running":
-        rank, processes = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        of = f"process {rank}: " if processes != "1" and status == "failed" else ""
-        with contextlib.suppress(OSError):  # what failed is about to be raised
-            try:
-                record(output_dir, status=status, reason=f"{of}{reason}")
-            except OSError:  # a full disk
-                os.truncate(Path(output_dir) / LOCK, 0)
-                record(output_dir, status=status, reason=f"{of}{reason}")
+def record_end(output_dir: str, status: str, reason: str, begun: bool = True) -> None:
+    """Say how a start ended. Of several processes the first has the word: others fail because it did.
+
+    One that ended before it had `begun` to train speaks of a run that is not finished, whose state says how the start
+    before it ended; a wrapper that goes by that would start it for ever.
+    """
+    before = read_state(output_dir).get("status")
+    rank, processes = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if begun and before != "running":
+        return
+    if not begun and (rank != "0" or before == "complete" or (before is None and status != "preempted")):
+        return
+    of = f"process {rank}: " if begun and processes != "1" and status == "failed" else ""
+    facts = {"status": status, "reason": f"{of}{reason}", **({} if begun else holder())}
+    with contextlib.suppress(OSError):  # what failed is about to be raised
+        try:
+            record(output_dir, **facts)
+        except OSError:  # a full disk
+            os.truncate(Path(output_dir) / LOCK, 0)
+            record(output_dir, **facts)
 
 
 def holder() -> dict[str, str | int]:
@@ -71,34 +80,29 @@ def held(output_dir: str) -> Iterator[None]:
     A POSIX record lock: the kernel drops it with the process, however that ends, forked workers do not inherit it, and
     NFS knows it. A run that is said to be running in a directory that can be locked was killed, which is put down.
     """
-    if not output_dir or Path(output_dir).is_file():
-        raise UserError(f"output_dir: {output_dir!r} is no directory that can be written to")
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    new = not Path(output_dir).exists()
     try:
+        if not output_dir or Path(output_dir).is_file():
+            raise UserError(f"output_dir: {output_dir!r} is no directory that can be written to")
+        new = not Path(output_dir).exists()
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         file = os.open(Path(output_dir) / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UserError(f"output_dir: {output_dir} cannot be written to: {error.strerror}") from error
     try:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            who = os.pread(file, 1000, 0).decode(errors="replace").strip()
-            raise UserError(
-                f"{output_dir} is in use by another run ({who or 'which has not said who it is'}); wait for it, or "
-                "choose another output_dir"
-            ) from None
-        except OSError as error:
-            logger.warning("%s cannot be locked (%s): see to it that no other run uses it", output_dir, error.strerror)
-        with room(Path(output_dir), "the run"):
-            who = ", ".join(f"{key} {value}" for key, value in holder().items())
-            os.pwrite(file, f"{who}\n".encode().ljust(RESERVE), 0)
-            before = read_state(output_dir)
-            if before.get("status") == "running":
-                record(output_dir, status="failed", reason="ended without a word: killed, or its machine went down")
+        locked = lock(file, output_dir)
+        state = read_state(output_dir)
+        if state.get("status") != "complete":  # of a finished run nothing is touched
+            with room(Path(output_dir), "the run"):
+                os.pwrite(file, f"{words(holder())}\n".encode().ljust(RESERVE), 0)
+                if locked and state.get("status") == "running":
+                    record(
+                        output_dir, status="failed", reason="ended without a word: killed, or its machine went down"
+                    )
+            for left in Path(output_dir).glob("*.partial"):
+                left.unlink(missing_ok=True)
         yield
     finally:
         if new:  # nothing came of it: leave no trace
@@ -107,3 +111,27 @@ def held(output_dir: str) -> Iterator[None]:
                     (Path(output_dir) / LOCK).unlink()
                     Path(output_dir).rmdir()
         os.close(file)
+
+
+def lock(file: int, output_dir: str) -> bool:
+    """Lock an open file; returns whether its file system can. Raises `UserError` when another process has."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        known = {
+            key: value for key, value in read_state(output_dir).items() if key in ("host", "pid", "job", "started")
+        }
+        who = os.pread(file, 1000, 0).decode(errors="replace").strip() or words(known)
+        raise UserError(
+            f"{output_dir} is in use by another run ({who or 'which has not said who it is'}); wait for it, or choose "
+            "another output_dir"
+        ) from None
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): see to it that no other run uses it", output_dir, error.strerror)
+        return False
+    return True
+
+
+def words(facts: dict[str, Any]) -> str:
+    """Facts in a line."""
+    return ", ".join(f"{key} {value}" for key, value in facts.items())

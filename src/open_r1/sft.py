@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a script: what stands beside it must not hide other packages' modules
     sys.path[0] = str(Path(__file__).parents[1])
 
-from open_r1.checkpoints import checkpoint_to_resume, room
+from open_r1.checkpoints import checkpoint_to_resume, read_seal, room
 from open_r1.errors import Stopped, UserError
 from open_r1.recipe import Recipe, load_recipe, set_environment, written_out
-from open_r1.resuming import earlier_run, facts_of, finished
+from open_r1.resuming import compare, earlier_run, facts_of, finished
 from open_r1.run_state import held, holder, record, record_end
 from open_r1.stopping import EXIT_CODE, Preempted, Stop, heeded
 
@@ -43,9 +43,6 @@ def main(argv: list[str] | None = None) -> int:
         with heeded() as stop:
             if recipe.values.get("dry_run") not in (None, False):
                 return run(recipe, stop)
-            if (step := finished(output_dir, recipe.values)) is not None:
-                logger.info("this run finished at step %d, its model is in %s: nothing to do", step, output_dir)
-                return 0
             with held(output_dir):
                 return begun(recipe, stop)
     except UserError as error:
@@ -60,14 +57,17 @@ def main(argv: list[str] | None = None) -> int:
 def begun(recipe: Recipe, stop: Stop) -> int:
     """Run it, and see to it that `run_state.json` says how it ended, whatever ends it."""
     output_dir = recipe.values["output_dir"]
-    stop.last_words = lambda reason: record_end(output_dir, "preempted", reason)
+    stop.last_words = lambda reason: record_end(output_dir, "preempted", reason, stop.begun)
     try:
+        if (step := finished(output_dir, recipe.values)) is not None:
+            logger.info("this run finished at step %d, its model is in %s: nothing to do", step, output_dir)
+            return 0
         return run(recipe, stop)
     except BaseException as error:
         stop.ended = stop.leaving = True  # the launcher's signals to those that are left must not cut this short
         told = isinstance(error, Preempted)
         reason = str(error) if told or isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        record_end(output_dir, "preempted" if told else "failed", reason)
+        record_end(output_dir, "preempted" if told else "failed", reason, stop.begun)
         raise
 
 
@@ -78,6 +78,8 @@ def run(recipe: Recipe, stop: Stop) -> int:
         logger.warning(note)
     output_dir, settings = recipe.values["output_dir"], recipe.values
     checkpoint = checkpoint_to_resume(output_dir, settings.get("resume", "auto"))
+    if checkpoint is not None:
+        compare(read_seal(Path(checkpoint))["settings"], settings, checkpoint)
 
     from transformers import set_seed
 
@@ -109,7 +111,7 @@ def run(recipe: Recipe, stop: Stop) -> int:
             findings, plan, training_args.dry_run == "json", shown=training_args.process_index == 0
         )
     preflight.require(findings)
-    facts = facts_of(settings, prepared.train, order, training_args)
+    facts = facts_of(settings, prepared, order, training_args, model_args)
     earlier = earlier_run(checkpoint, facts, order, training_args)
     if training_args.process_index == 0:
         ready_branch(training_args, resuming=bool(earlier))
@@ -118,6 +120,7 @@ def run(recipe: Recipe, stop: Stop) -> int:
             record(output_dir, **begins, **facts)
             Path(output_dir, "recipe.yaml").write_text(written_out(recipe), encoding="utf-8")
             ledger.write(output_dir, {name: part.ledger for name, part in prepared.parts.items()})
+    stop.begun = True
     model = get_model(model_args, training_args, tokenizer)
     trainer = OrderedTrainer(
         order=order,

@@ -32,6 +32,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal, self.at, self.waits, self.leaving = "", 0.0, False, False
+        self.begun = False  # the run: from here on it speaks for all processes
         self.ended = False  # the main thread is on its way out
         self.last_words: Callable[[str], None] = logger.warning  # what is to be done with the reason
         self.pid = os.getpid()

@@ -28,7 +28,7 @@ from open_r1 import checkpoints, faults
 from open_r1.callbacks import upload
 from open_r1.card import write_card
 from open_r1.errors import Stopped, UserError
-from open_r1.order import Order, cut_back, line_of, require_rows, require_same_order
+from open_r1.order import Order, cut_back, cut_back_order, line_of, require_rows
 from open_r1.resuming import OPTIMIZER, SCHEDULE, changed
 from open_r1.run_state import record
 from open_r1.stopping import SIGNALS, Stop
@@ -51,12 +51,14 @@ class Course(TrainerCallback):
         trainer = self.trainer
         trainer.stop.waits = True
         state.compute_steps(args, state.max_steps)  # upstream keeps the checkpoint's logging, saving and eval steps
+        out, step, earlier = Path(args.output_dir), state.global_step, trainer.earlier
+        same = all(earlier.get(key) == trainer.facts[key] for key in ("order", "data", "rows_a_step"))
+        if step and (earlier["offset"] or earlier["rows_a_step"] != trainer.order.batch):
+            trainer.order.offset, same = earlier["rows_read"] - step * trainer.order.batch, False
         if state.is_world_process_zero:
-            lines = cut_back(Path(args.output_dir) / "order.jsonl", state.global_step)
-            if trainer.earlier.get("order") == trainer.facts["order"] and all(
-                trainer.earlier[key] == trainer.facts[key] for key in ("data", "rows_a_step")
-            ):
-                require_same_order(lines, trainer.order)
+            cut_back_order(out / "order.jsonl", step, trainer.order, trainer.part.key, same)
+            for name in ("loss_spikes.jsonl", "bad_batch.jsonl"):
+                cut_back(out / name, step)
         faults.watch(args.stall_timeout)
         if trainer.is_deepspeed_enabled:
             trainer.skipped = trainer.deepspeed.skipped_steps
@@ -67,6 +69,7 @@ class Course(TrainerCallback):
         if state.global_step:
             args.eval_on_start = False  # that was done when the run started
             trainer.restore_progress()
+            trainer.forget_another_best()
             trainer.catch_up()
 
     def on_epoch_begin(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -153,12 +156,11 @@ class OrderedTrainer(SFTTrainer):
     # Reading
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Order:
-        """The order, of as many rows a step as the trainer takes: auto_find_batch_size makes them fewer."""
-        self.order.batch = self.get_total_train_batch_size(self.args)
-        if self.args.global_batch_size not in (None, self.order.batch):
+        """The order, when it is of as many rows a step as the trainer takes."""
+        if (rows := self.get_total_train_batch_size(self.args)) != self.order.batch:
             raise UserError(
-                f"global_batch_size: {self.args.global_batch_size} was asked for and a step would take "
-                f"{self.order.batch} rows; take out of the launch config and accelerator_config what changes it"
+                f"{self.order.batch} rows a step were asked for and the trainer would take {rows}; take out of the "
+                "launch config and accelerator_config what changes it"
             )
         return self.order
 
@@ -206,8 +208,9 @@ class OrderedTrainer(SFTTrainer):
             faults.write_rows(Path(self.args.output_dir) / name, about, rows)
         raise Stopped(
             f"step {about['step']}: {about['what']}, and was not learnt from: {faults.in_words(rows)}; {name} in "
-            f"{self.args.output_dir} has the rows: take them out, lower learning_rate, or try float32; what is "
-            "saved is sound"
+            f"{self.args.output_dir} has the rows: what is saved holds finite "
+            "weights. Take the rows out (allow_changes: [data]), lower learning_rate (allow_changes: [learning_rate]), "
+            "or go on from an older checkpoint, with newer ones moved away"
         )
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -284,7 +287,9 @@ class OrderedTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint that is complete or not there. One that is there already is never written over."""
         out, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        if not checkpoints.lacks_files(out / name) and str(out / name) not in self.earlier.get("passed", {}):
+        if not checkpoints.what_it_lacks(out / name, resume=False) and str(out / name) not in self.earlier.get(
+            "passed", {}
+        ):
             return
         only_model = self.args.save_only_model
         self.args.save_only_model = only_model and not self.preempted
@@ -318,16 +323,21 @@ class OrderedTrainer(SFTTrainer):
                 checkpoints.publish(staged, out)
                 with checkpoints.room(out, "the run"):  # the checkpoint is
                     record(str(out), global_step=step)
-                checkpoints.rotate(out, self.limit, self.state.best_model_checkpoint)
+                checkpoints.rotate(out, self.limit, self.state.best_model_checkpoint, self.earlier.get("passed", ()))
         if self.args.push_to_hub and not self.preempted:
             self._push_from_checkpoint(str(out / name))
         self.accelerator.wait_for_everyone()
 
     def settle_best(self, out: Path, staged: Path | None = None) -> None:
         """Say where the best checkpoint is; upstream looks for it where this one is being written."""
-        best = out / f"checkpoint-{self.state.best_global_step}"
-        if best.exists() or (staged is not None and best.name == staged.name):
-            self.state.best_model_checkpoint = str(best)
+        name = f"checkpoint-{self.state.best_global_step}"
+        beside = (
+            Path(self.earlier.get("checkpoint", out / name)).parent / name
+        )  # of the run that this one went on with
+        if (out / name).exists() or (staged is not None and name == staged.name):
+            self.state.best_model_checkpoint = str(out / name)
+        elif beside.exists():
+            self.state.best_model_checkpoint = str(beside)
 
     def seal(self, staged: Path) -> None:
         """Flush a checkpoint and write its seal. Every process takes its share of the digests."""
@@ -345,6 +355,7 @@ class OrderedTrainer(SFTTrainer):
             )
         if self.args.should_save:
             facts = {"step": self.state.global_step, "resumable": not self.args.save_only_model, **self.facts}
+            facts |= {"rows_read": self.order.read(self.state.global_step), "offset": self.order.offset}
             checkpoints.seal(staged, dict(pairs), facts)
             checkpoints.sync(staged)
 
@@ -407,6 +418,15 @@ class OrderedTrainer(SFTTrainer):
                 callback.early_stopping_patience_counter = spent
                 self.control.should_training_stop = spent >= callback.early_stopping_patience
 
+    def forget_another_best(self) -> None:
+        """Begin anew with what is best where that is told by another metric now."""
+        changes = changed(self.earlier["settings"], self.facts["settings"])
+        if set(changes) & {"metric_for_best_model", "greater_is_better"}:
+            self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, EarlyStoppingCallback):
+                    callback.early_stopping_patience_counter = 0
+
     def catch_up(self) -> None:
         """Log and evaluate what belongs to the checkpoint's step and comes behind its save: at the end of an epoch, or
         where the run was told to stop."""
@@ -463,10 +483,7 @@ class OrderedTrainer(SFTTrainer):
             for group, fresh in zip(groups, self.fresh, strict=True):
                 group.update(fresh, lr=group["lr"], initial_lr=fresh["lr"])
             scheduler.base_lrs = [fresh["lr"] for fresh in self.fresh]
-        if set(changes) & set(SCHEDULE):
-            if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-                named = ", ".join(sorted(set(changes) & set(SCHEDULE)))
-                raise Stopped(f"allow_changes: {named} cannot be changed under {type(scheduler).__name__}")
+        if set(changes) & set(SCHEDULE) and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
             for group, base, share in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
                 group["lr"] = base * share(scheduler.last_epoch)
             scheduler._last_lr = [group["lr"] for group in groups]  # what is logged
@@ -484,11 +501,11 @@ class OrderedTrainer(SFTTrainer):
         best = Path(self.state.best_model_checkpoint)
         if self.preempted:
             return
-        wrong = checkpoints.what_it_lacks(best) or checkpoints.damage(best, self.share, gather_object)
-        if wrong and "save_only_model" not in wrong:
+        wrong = checkpoints.what_it_lacks(best, resume=False)
+        if wrong := wrong or checkpoints.damage(best, self.share, gather_object):
             raise Stopped(
-                f"{best}, the best checkpoint, cannot be loaded: {wrong}; the last one is whole: set "
-                "load_best_model_at_end: false to end with that"
+                f"{best}, the best checkpoint, cannot be loaded: {wrong}; the last one is whole: to end "
+                "with that, set load_best_model_at_end: false and allow_changes: [load_best_model_at_end]"
             )
         super()._load_best_model()
 
