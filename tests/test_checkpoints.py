@@ -113,6 +113,20 @@ class TestWhatCounts:
         assert {oct(mode) for mode in found.values()} == {"0o640"}, found
 
 
+class TestSealing:
+    def test_a_file_that_cannot_be_read_again_is_never_sealed(self, tiny_model, chat_file, tmp_path, monkeypatch):
+        out, digest = tmp_path / "run", checkpoints.digest
+
+        def planted(path):
+            return "" if path.name == "optimizer.pt" and "checkpoint-4" in str(path) else digest(path)
+
+        monkeypatch.setattr(checkpoints, "digest", planted)
+        assert main(argv(tiny_model, chat_file, out)) == 1
+        assert "not every process sees the optimizer.pt" in json.loads((out / "run_state.json").read_text())["reason"]
+        assert [path.name for path in checkpoints.checkpoints(out)] == ["checkpoint-2"]
+        assert not wrong(out / "checkpoint-2")
+
+
 class TestPolicy:
     def test_a_fresh_start(self, tmp_path):
         new = str(tmp_path / "new")

@@ -1,6 +1,7 @@
 """Signals, numbers that are none, losses that jump, steps that do not end; in one process, `slow/` launches more."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -255,6 +256,25 @@ class TestSignals:
             assert os.waitpid(child, os.WNOHANG) == (0, 0)
             os.kill(child, signal.SIGTERM)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    @pytest.mark.parametrize("context", [None, "spawn"])
+    def test_workers_that_read_for_an_evaluation_outlive_it(self, argv, tmp_path, monkeypatch, context):
+        step, workers = OrderedTrainer.prediction_step, []
+
+        def planted(self, *args, **kwargs):
+            if self.state.global_step == 2 and not workers:
+                workers.extend(multiprocessing.active_children())
+                for pid in (*(child.pid for child in workers), os.getpid()):  # as launchers do: to the whole group
+                    os.kill(pid, signal.SIGTERM)
+            return step(self, *args, **kwargs)
+
+        monkeypatch.setattr(OrderedTrainer, "prediction_step", planted)
+        values = {"test_split_size": 12, "eval_strategy": "steps", "eval_steps": 2, "dataset_max_samples": 36}
+        values |= {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": context}
+        assert main(argv("run", per_device_eval_batch_size=1, **values)) == EXIT_CODE
+        assert workers
+        state = read_state(str(tmp_path / "run"))
+        assert (state["status"], state["global_step"]) == ("preempted", 3)
 
     def test_a_checkpoint_now(self, argv, at, tmp_path):
         at(6, lambda trainer: (Path(trainer.args.output_dir) / "CHECKPOINT_NOW").touch())

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, losses, settings
 
 from open_r1.errors import UserError
-from open_r1.resuming import BATCH, FIXED, FREE, changed, compare, kind_of
+from open_r1.resuming import BATCH, FIXED, FREE, changed, compare, kind_of, launch_of
 from open_r1.run_state import held, read_state, record, record_end
 from open_r1.schema import SCHEMA
 from open_r1.sft import main
@@ -360,3 +361,13 @@ class TestState:
     def test_a_run_that_is_refused_leaves_nothing(self, tiny_model, tmp_path):
         assert main(argv(tiny_model, tmp_path / "no.jsonl", tmp_path / "new" / "run")) == 2
         assert not (tmp_path / "new" / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("processes", "sharded", "launch"), [(2, "true", "fsdp"), (1, "true", "ddp"), (2, None, "ddp")]
+)
+def test_fsdp_is_known_before_there_is_a_trainer(monkeypatch, processes, sharded, launch):
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    if sharded:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", sharded)
+    assert launch_of(SimpleNamespace(deepspeed_plugin=None, world_size=processes)) == launch

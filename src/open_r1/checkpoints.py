@@ -202,16 +202,20 @@ def flush(directory: Path) -> None:
     os.umask(umask)
     for path in directory.rglob("*"):
         if not path.is_dir():
-            path.chmod(0o666 & ~umask)
+            with contextlib.suppress(PermissionError):  # of another owner, or on a file system without modes
+                path.chmod(0o666 & ~umask)
         sync(path)
     sync(directory)
 
 
 def sync(path: Path) -> None:
-    """Write a file or the entries of a directory to the disk."""
+    """Write a file or the entries of a directory to the disk, where its file system can be told to."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
 
@@ -225,7 +229,7 @@ def seal(directory: Path, digests: dict[str, str], facts: dict[str, Any]) -> Non
 
 def write_whole(path: Path, text: str, durable: bool = True) -> None:
     """Write a file so that it has the old or the new text, whenever the process dies; `durable`, or the machine."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{os.environ.get('RANK', 0)}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)

@@ -435,9 +435,9 @@ class SFTConfig(trl.SFTConfig):
             each = self.per_device_train_batch_size
             self.gradient_accumulation_steps = accumulation_steps(self.global_batch_size, each, launched)
         super().__post_init__()
-        if self.global_batch_size is not None and self.n_gpu > 1:
+        if self.n_gpu > 1:
             raise ValueError(
-                f"global_batch_size: one process was started for {self.n_gpu} GPUs; start one for each with "
+                f"one process was started for {self.n_gpu} GPUs; start one for each with "
                 "accelerate launch, or choose a GPU with CUDA_VISIBLE_DEVICES"
             )
 

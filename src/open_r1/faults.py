@@ -1,5 +1,6 @@
 """What goes wrong while a run trains: numbers that are none, losses that jump, steps that do not end."""
 
+import contextlib
 import faulthandler
 import fcntl
 import json
@@ -55,8 +56,11 @@ def free_builds() -> None:
     on the folder while it is alive, so who gets an exclusive one knows that no run is building.
     """
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / ".open_r1", os.O_RDWR | os.O_CREAT, 0o666)  # held until this process ends
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / ".open_r1", os.O_RDWR | os.O_CREAT, 0o666)  # held until this process ends
+    except OSError:  # read-only: with ops that came built
+        return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -65,7 +69,8 @@ def free_builds() -> None:
         for lock in [*folder.glob("*/lock"), *folder.glob("*/*/lock")]:
             logger.warning("%s was left by a process that was killed; it is removed", lock)
             lock.unlink(missing_ok=True)
-    fcntl.flock(file, fcntl.LOCK_SH)
+    with contextlib.suppress(OSError):  # a file system without locks (ENOSYS, ENOLCK)
+        fcntl.flock(file, fcntl.LOCK_SH)
 
 
 def named(part: "Part", numbers: np.ndarray) -> list[dict[str, Any]]:

@@ -75,6 +75,8 @@ def save_model(trainer: SFTTrainer, out: Path) -> None:
         shutil.rmtree(out / SAVING, ignore_errors=True)
         staged.mkdir(parents=True)
     trainer.accelerator.wait_for_everyone()
+    if trainer.is_fsdp_enabled:  # upstream saves nothing where checkpoints are sharded (transformers 5.23)
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(staged), _internal_call=True)  # without pushing: that comes last
     model = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.is_world_process_zero():
@@ -112,6 +114,8 @@ def after_saving(trainer: SFTTrainer, recipe: Recipe, prepared: "Prepared") -> l
             failed.append(name)
             logger.error("%s failed:\n%s", name, error)
         except Exception:
+            if name == "evaluation" and trainer.args.world_size > 1:
+                raise  # the other processes wait for this one in it: only its end lets the launcher end them
             failed.append(name)
             logger.exception("%s failed; the trained model is safe in %s", name, trainer.args.output_dir)
     return failed

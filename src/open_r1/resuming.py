@@ -9,6 +9,7 @@ by their key, `data` in `allow_changes`.
 import json
 import logging
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,7 +198,8 @@ def earlier_run(checkpoint: str | None, facts: dict[str, Any], order: "Order", a
     if best and all(what_it_lacks(place, resume=False) for place in places):
         raise UserError(
             f"the best checkpoint so far, {places[0]}, is not there or not whole, and load_best_model_at_end would "
-            "end with it; bring it back, or set load_best_model_at_end: false and allow_changes: [load_best_model_at_end]"
+            "end with it; bring it back, or set load_best_model_at_end: false and allow_changes: "
+            "[load_best_model_at_end]"
         )
     return {**earlier, "checkpoint": checkpoint, "passed": passed}
 
@@ -289,4 +291,6 @@ def launch_of(args: "SFTConfig") -> str:
     """How optimizer state is cut up: `ddp` (not at all, one process too), `zero1` to `zero3`, or `fsdp`."""
     if args.deepspeed_plugin is not None:
         return f"zero{args.deepspeed_plugin.zero_stage}"
-    return "fsdp" if args.distributed_state.distributed_type == "FSDP" else "ddp"
+    # The trainer alone turns accelerate's state into FSDP, and comes later (accelerate 1.15).
+    sharded = args.world_size > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return "fsdp" if sharded else "ddp"

@@ -40,8 +40,8 @@ def record(output_dir: str, durable: bool = True, **facts: Any) -> None:
     write_whole(Path(output_dir) / RUN_STATE, json.dumps(state, indent=1, default=str) + "\n", durable)
 
 
-def record_end(output_dir: str, status: str, reason: str, begun: bool = True) -> None:
-    """Say how a start ended. Of several processes the first has the word: others fail because it did.
+def record_end(output_dir: str, status: str, reason: str, begun: bool = True) -> bool:
+    """Say how a start ended; returns whether this process had the word. Of several processes the first has the word: others fail because it did.
 
     One that ended before it had `begun` to train speaks of a run that is not finished, whose state says how the start
     before it ended; a wrapper that goes by that would start it for ever.
@@ -49,9 +49,9 @@ def record_end(output_dir: str, status: str, reason: str, begun: bool = True) ->
     before = read_state(output_dir).get("status")
     rank, processes = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if begun and before != "running":
-        return
+        return False
     if not begun and (rank != "0" or before == "complete" or (before is None and status != "preempted")):
-        return
+        return False
     of = f"process {rank}: " if begun and processes != "1" and status == "failed" else ""
     facts = {"status": status, "reason": f"{of}{reason}", **({} if begun else holder())}
     with contextlib.suppress(OSError):  # what failed is about to be raised
@@ -60,6 +60,7 @@ def record_end(output_dir: str, status: str, reason: str, begun: bool = True) ->
         except OSError:  # a full disk
             os.truncate(Path(output_dir) / LOCK, 0)
             record(output_dir, **facts)
+    return True
 
 
 def holder() -> dict[str, str | int]:

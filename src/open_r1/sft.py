@@ -67,7 +67,9 @@ def begun(recipe: Recipe, stop: Stop) -> int:
         stop.ended = stop.leaving = True  # the launcher's signals to those that are left must not cut this short
         told = isinstance(error, Preempted)
         reason = str(error) if told or isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        record_end(output_dir, "preempted" if told else "failed", reason, stop.begun)
+        spoke = record_end(output_dir, "preempted" if told else "failed", reason, stop.begun)
+        if spoke and isinstance(error, UserError) and os.environ.get("LOCAL_RANK", "0") != "0":
+            print(f"\nprocess {os.environ['RANK']}: {error}", file=sys.stderr)  # main leaves it to the first to speak
         raise
 
 

@@ -1,4 +1,4 @@
-"""Signals: SIGTERM, SIGINT and SIGUSR1 stop a run so that the same command goes on with it.
+"""Signals: SIGTERM, SIGINT, SIGUSR1 and SIGHUP stop a run so that the same command goes on with it.
 
 Python's handler only sets down that one came. Before and after training that ends the run at once, nothing can be
 lost there; while it trains, all processes agree on a step (`trainer.OrderedTrainer.agree`), save, and leave. Python
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 logger = logging.getLogger(__name__)
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 EXIT_CODE = 75  # "preempted, resumable": EX_TEMPFAIL of sysexits.h, the user is invited to try again
 # Schedulers signal the launcher and its workers, and the launcher signals the workers again: that is one request.
 SAME_REQUEST = 3.0  # seconds
@@ -84,7 +84,8 @@ def heeded() -> Iterator[Stop]:
         yield stop
         return
     heeding = stop
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # not what nohup ignores
+    before = {number: signal.signal(number, stop) for number in heard}
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -125,6 +126,15 @@ def after_fork_in_child() -> None:
         signal.set_wakeup_fd(-1)
     if in_training():
         threading.Thread(target=heed_parent, args=(os.getppid(),), daemon=True, name="signals").start()
+
+
+def shield(worker: int, then: Callable[[int], None] | None = None) -> None:
+    """The same for data loader workers that were not forked but spawned."""
+    if hasattr(signal, "sigwaitinfo") and "signals" not in {thread.name for thread in threading.enumerate()}:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=heed_parent, args=(os.getppid(),), daemon=True, name="signals").start()
+    if then is not None:
+        then(worker)
 
 
 def heed_parent(parent: int) -> None:

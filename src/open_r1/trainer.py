@@ -12,13 +12,14 @@ import shutil
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
 import transformers
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub import HfApi
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy
@@ -31,7 +32,7 @@ from open_r1.errors import Stopped, UserError
 from open_r1.order import Order, cut_back, cut_back_order, line_of, require_rows
 from open_r1.resuming import OPTIMIZER, SCHEDULE, changed
 from open_r1.run_state import record
-from open_r1.stopping import SIGNALS, Stop
+from open_r1.stopping import SIGNALS, Stop, shield
 
 if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
@@ -164,6 +165,13 @@ class OrderedTrainer(SFTTrainer):
             )
         return self.order
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's, to train and to evaluate, whose workers leave it to this process to heed signals."""
+        loader = super()._get_dataloader(*args, **kwargs)
+        read = getattr(loader, "base_dataloader", loader)  # accelerate's only asks that one (accelerate 1.15)
+        read.worker_init_fn = partial(shield, then=read.worker_init_fn)
+        return loader
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The batches of a step, seen to be those of the order."""
         batches, items = super().get_batch_samples(*args, **kwargs)
@@ -178,7 +186,7 @@ class OrderedTrainer(SFTTrainer):
         result = super().compute_loss(model, inputs, *args, **kwargs)
         if self.is_in_train and model.training:
             loss = result[0] if isinstance(result, tuple) else result
-            broken = (~torch.isfinite(loss.detach())).to(torch.int32).reshape(1)
+            broken = (~torch.isfinite(loss.detach()).all()).to(torch.int32).reshape(1)
             if (flags := self.accelerator.gather(broken)).any():
                 self.stop_over_loss(flags.flatten().nonzero().flatten().tolist())
         return result
@@ -208,9 +216,9 @@ class OrderedTrainer(SFTTrainer):
             faults.write_rows(Path(self.args.output_dir) / name, about, rows)
         raise Stopped(
             f"step {about['step']}: {about['what']}, and was not learnt from: {faults.in_words(rows)}; {name} in "
-            f"{self.args.output_dir} has the rows: what is saved holds finite "
-            "weights. Take the rows out (allow_changes: [data]), lower learning_rate (allow_changes: [learning_rate]), "
-            "or go on from an older checkpoint, with newer ones moved away"
+            f"{self.args.output_dir} has the rows. All that is saved is finite: take the rows out (allow_changes: "
+            "[data]), lower learning_rate (allow_changes: [learning_rate]), or move the newest checkpoints away to go "
+            "on from an older one"
         )
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -287,9 +295,9 @@ class OrderedTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint that is complete or not there. One that is there already is never written over."""
         out, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        if not checkpoints.what_it_lacks(out / name, resume=False) and str(out / name) not in self.earlier.get(
-            "passed", {}
-        ):
+        passed = str(out / name) in self.earlier.get("passed", ())
+        [there] = broadcast_object_list([not passed and not checkpoints.what_it_lacks(out / name, resume=False)])
+        if there:
             return
         only_model = self.args.save_only_model
         self.args.save_only_model = only_model and not self.preempted
@@ -344,11 +352,12 @@ class OrderedTrainer(SFTTrainer):
         if self.accelerator.is_local_main_process:
             checkpoints.flush(staged)
         self.accelerator.wait_for_everyone()
-        names = self.share(checkpoints.files_of(staged))
+        [names] = broadcast_object_list([checkpoints.files_of(staged)])
         lacking = "" if self.args.save_only_model else checkpoints.state_missing(staged, self.args.world_size)
         # All look before they meet here: behind it the first process gives the checkpoint its name.
-        pairs = gather_object([(name, checkpoints.digest(staged / name)) for name in names])
-        if unseen := next(filter(None, gather_object([lacking])), None):
+        pairs = gather_object([(name, checkpoints.digest(staged / name)) for name in self.share(names)])
+        unread = [name for name, digest in pairs if not digest]  # its digest would call a sound checkpoint damaged
+        if unseen := next(filter(None, [*gather_object([lacking]), *unread]), None):
             raise Stopped(
                 f"{staged.name} was written, and not every process sees the {unseen} in it; output_dir must be on a "
                 "file system that all nodes share"
@@ -480,19 +489,21 @@ class OrderedTrainer(SFTTrainer):
         scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it under DeepSpeed
         groups = self.optimizer.param_groups
         if set(changes) & set(OPTIMIZER):
-            for group, fresh in zip(groups, self.fresh, strict=True):
+            filled = [group for group in groups if group["params"]]
+            for group, fresh in zip(filled, self.fresh, strict=True):
                 group.update(fresh, lr=group["lr"], initial_lr=fresh["lr"])
-            scheduler.base_lrs = [fresh["lr"] for fresh in self.fresh]
+            scheduler.base_lrs = [self.args.learning_rate] * len(scheduler.base_lrs)
         if set(changes) & set(SCHEDULE) and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-            for group, base, share in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            for group, base, share in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=False):
                 group["lr"] = base * share(scheduler.last_epoch)
             scheduler._last_lr = [group["lr"] for group in groups]  # what is logged
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Upstream's; remembers what it is made with."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        self.fresh = [
-            {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        groups = getattr(optimizer, "param_groups", ())  # DeepSpeed builds one that its own config describes
+        self.fresh = [  # of groups with parameters: DeepSpeed drops others, as adapters without biases have
+            {key: value for key, value in group.items() if key != "params"} for group in groups if group["params"]
         ]
         return optimizer
 
@@ -501,7 +512,7 @@ class OrderedTrainer(SFTTrainer):
         best = Path(self.state.best_model_checkpoint)
         if self.preempted:
             return
-        wrong = checkpoints.what_it_lacks(best, resume=False)
+        [wrong] = broadcast_object_list([checkpoints.what_it_lacks(best, resume=False)])
         if wrong := wrong or checkpoints.damage(best, self.share, gather_object):
             raise Stopped(
                 f"{best}, the best checkpoint, cannot be loaded: {wrong}; the last one is whole: to end "

@@ -207,3 +207,28 @@ def test_killed_during_the_final_save_the_next_start_finishes_it(file, tiny_mode
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert (torn / "checkpoint-6" / "optimizer.pt").exists()
     assert losses(torn) == losses(tmp_path / "whole")
+
+
+def test_an_evaluation_that_fails_on_one_process_ends_all(tiny_model, chat_file, tmp_path):
+    script = tmp_path / "planted.py"
+    script.write_text(
+        "import os\nfrom open_r1 import sft\nfrom open_r1.trainer import OrderedTrainer\n"
+        "evaluate = OrderedTrainer.evaluate\n"
+        "def planted(self, *args, **kwargs):\n"
+        "    if self.args.process_index == 1 and not self.is_in_train:\n"
+        "        raise RuntimeError('out of memory')\n"
+        "    return evaluate(self, *args, **kwargs)\n"
+        "OrderedTrainer.evaluate = planted\nsft.leave(sft.main())\n"
+    )
+    argv = settings(
+        model_name_or_path=tiny_model,
+        dataset_name=chat_file,
+        output_dir=tmp_path / "run",
+        test_split_size=8,
+        do_eval=True,
+    )
+    words = [str(script) if word == "src/open_r1/sft.py" else word for word in command("ddp", argv)]
+    assert subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, timeout=150).returncode == 1
+    state = json.loads((tmp_path / "run" / "run_state.json").read_text())
+    assert (state["status"], state["reason"]) == ("failed", "process 1: RuntimeError: out of memory")
+    assert (tmp_path / "run" / "model.safetensors").exists()
