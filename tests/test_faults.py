@@ -264,8 +264,8 @@ class TestSignals:
         def planted(self, *args, **kwargs):
             if self.state.global_step == 2 and not workers:
                 workers.extend(multiprocessing.active_children())
-                for pid in (*(child.pid for child in workers), os.getpid()):  # as launchers do: to the whole group
-                    os.kill(pid, signal.SIGTERM)
+                pids = [str(child.pid) for child in workers]  # as launchers do: to the whole group
+                subprocess.run(["kill", "-TERM", *pids, str(os.getpid())], check=True)
             return step(self, *args, **kwargs)
 
         monkeypatch.setattr(OrderedTrainer, "prediction_step", planted)
@@ -465,7 +465,7 @@ class TestEarlyStopping:
         assert main(argv("run", **self.VALUES)) == 1
         told = capsys.readouterr().err
         assert "the best checkpoint, cannot be loaded: model.safetensors is damaged" in told
-        assert "load_best_model_at_end: false to end with that" in told
+        assert "set load_best_model_at_end: false and allow_changes: [load_best_model_at_end]" in told
 
     @pytest.mark.parametrize(
         ("values", "told"),

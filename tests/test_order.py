@@ -392,7 +392,7 @@ REFUSED = {
         "global_batch_size 8 is not gradient_accumulation_steps 4 (command line) x per_device_train_batch_size 4 x 1",
     ),
     "below one": ({"global_batch_size": 0}, "global_batch_size must be at least 1; found 0"),
-    "found by itself": ({"global_batch_size": 8, "auto_find_batch_size": True}, "changes global_batch_size; keep one"),
+    "found by itself": ({"auto_find_batch_size": True}, "leave it out: --dry_run says what fits"),
     "rebalanced": ({"train_sampling_strategy": "batch_rebalance"}, "use group_by_length"),
     "split": ({"accelerator_config": {"split_batches": True}}, "leave it out and set global_batch_size"),
 }

@@ -147,11 +147,13 @@ class TestRefused:
     )
     def test_before_weights_are_loaded(self, again, half, monkeypatch, capsys, values, named):
         monkeypatch.setattr("open_r1.model.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("load"))
-        state = (half / "run_state.json").read_text()
+        before = read_state(str(half))
         assert again(**values) == 2
         told = capsys.readouterr().err
         assert named in told
-        assert (half / "run_state.json").read_text() == state
+        state = read_state(str(half))
+        assert state["settings"] == before["settings"]
+        assert (state["status"], named in state["reason"]) == ("failed", True)
 
     def test_other_rows_a_step(self, again, capsys):
         assert again(per_device_train_batch_size=4) == 2

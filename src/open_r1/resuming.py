@@ -170,7 +170,7 @@ def facts_of(
         "launch": launch_of(args),
         "precision": "fp16" if args.fp16 else "bf16" if args.bf16 else "no",
         "base": contents_of_base(model) if model.use_peft else None,
-        "files": {key: sha256(Path(path)) for key, path in named.items() if Path(path).is_file()},
+        "config_files": {key: sha256(Path(path)) for key, path in named.items() if Path(path).is_file()},
         "versions": versions(),
         "code": code(),
     }
@@ -242,8 +242,8 @@ def require_same_run(checkpoint: str, now: dict[str, Any]) -> dict[str, Any]:
                     "output_dir"
                 )
             notes.append(f"{what} is another from here on")
-    for key in {**before["files"], **now["files"]}:
-        if before["files"].get(key) != now["files"].get(key) and key not in allowed:
+    for key in {**before["config_files"], **now["config_files"]}:
+        if before["config_files"].get(key) != now["config_files"].get(key) and key not in allowed:
             raise UserError(f"{key}: what the file says has changed since {checkpoint}; bring it back")
     if before["rows_a_step"] != now["rows_a_step"]:
         notes.append(

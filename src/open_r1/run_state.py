@@ -41,7 +41,9 @@ def record(output_dir: str, durable: bool = True, **facts: Any) -> None:
 
 
 def record_end(output_dir: str, status: str, reason: str, begun: bool = True) -> bool:
-    """Say how a start ended; returns whether this process had the word. Of several processes the first has the word: others fail because it did.
+    """Say how a start ended; returns whether this process said it.
+
+    Of several processes the first has the word: others fail because it did.
 
     One that ended before it had `begun` to train speaks of a run that is not finished, whose state says how the start
     before it ended; a wrapper that goes by that would start it for ever.
