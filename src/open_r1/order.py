@@ -153,12 +153,13 @@ def line_of(order: Order, step: int, data: str) -> str:
     return json.dumps(line) + "\n"
 
 
-def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
-    """Keep the lines of a file up to a step, and return them; what is behind a line that is broken goes, too."""
+def cut_back(path: Path, step: int, needs: str = "step") -> list[dict[str, Any]]:
+    """Keep the lines of a file up to a step, and return them; a line that is broken goes, and what is behind it."""
     kept = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
-            if (said := json.loads(line))["step"] > step:
+            said = json.loads(line)
+            if said["step"] > step or needs not in said:
                 break
         except (ValueError, KeyError, TypeError):
             break
@@ -174,7 +175,7 @@ def cut_back_order(path: Path, step: int, order: Order, data: str, same: bool) -
     Where the order is the `same` as then, its lines must be what it gives now (raises `Stopped`), and those that a
     crash took are written again.
     """
-    lines = cut_back(path, step)
+    lines = cut_back(path, step, "rows")
     if same:
         require_same_order(lines, order)
         have = {line["step"] for line in lines}
