@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import stat
 from pathlib import Path
 
@@ -150,6 +151,31 @@ class TestPolicy:
         assert checkpoint_to_resume(str(tmp_path / "other"), older) == older
         assert checkpoint_to_resume(str(torn), str(torn / "checkpoint-6")) == str(torn / "checkpoint-6")
 
+    def test_a_run_that_began_from_there_goes_on_with_its_own(
+        self, torn, tmp_path, tiny_model, chat_file, monkeypatch
+    ):
+        from open_r1.trainer import OrderedTrainer
+
+        step = OrderedTrainer.training_step
+
+        def stop(self, *args, **kwargs):
+            if self.state.global_step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(self, *args, **kwargs)
+
+        start = argv(tiny_model, chat_file, tmp_path / "fork", resume=torn / "checkpoint-2")
+        with monkeypatch.context() as patch:
+            patch.setattr(OrderedTrainer, "training_step", stop)
+            assert main(start) == 75
+        assert (tmp_path / "fork" / "checkpoint-5").is_dir()
+        assert main(start) == 0
+        own = [path.name for path in (tmp_path / "fork").glob("checkpoint-*")]
+        assert sorted(own) == [f"checkpoint-{n}" for n in (4, 5, 6)]
+
+    def test_a_relative_and_an_absolute_path_are_one(self, torn, monkeypatch):
+        monkeypatch.chdir(torn.parent)
+        assert checkpoint_to_resume(torn.name, str(torn / "checkpoint-6")) == str(torn / "checkpoint-6")
+
     def test_where_none_is_whole_nothing_starts_over(self, torn, capsys, tiny_model, chat_file):
         for checkpoint in torn.glob("checkpoint-*"):
             (checkpoint / "optimizer.pt").unlink()
@@ -204,8 +230,31 @@ class TestFallingBack:
         assert losses(torn) == losses(trained)
         assert not (torn / ".saving").exists()
 
+    @pytest.mark.parametrize("text", [None, "", '{"step": 6}'])
+    def test_the_newest_without_its_seal(self, torn, trained, tiny_model, chat_file, text):
+        path = torn / "checkpoint-6" / "checkpoint.json"
+        path.unlink() if text is None else path.write_text(text)
+        assert main(argv(tiny_model, chat_file, torn)) == 0
+        assert losses(torn) == losses(trained)
+
+    @pytest.mark.parametrize("line", [b"\x00\x00\n", b"\xff\n", b"{}\n", b'{"step": 3}\n', b"[]\n"])
+    def test_a_broken_line_of_the_order_is_written_again(self, torn, trained, tiny_model, chat_file, line):
+        lines = (torn / "order.jsonl").read_bytes().splitlines(keepends=True)
+        (torn / "order.jsonl").write_bytes(b"".join([*lines[:2], line, *lines[4:]]))
+        assert main(argv(tiny_model, chat_file, torn)) == 0
+        assert (torn / "order.jsonl").read_bytes() == (trained / "order.jsonl").read_bytes()
+
+    def test_files_that_a_kill_left_half_written_are_gone(self, torn, tiny_model, chat_file):
+        (torn / "run_state.json.0.1.partial").write_text("{")
+        assert main(argv(tiny_model, chat_file, torn)) == 0
+        assert not list(torn.glob("*.partial"))
+
 
 class TestRotation:
+    def test_one_that_was_passed_over_does_not_count(self, torn):
+        rotate(torn, 2, None, [str(torn / "checkpoint-6")])
+        assert sorted(path.name for path in torn.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (2, 4, 6)]
+
     def test_complete_ones_are_counted_and_the_best_stays(self, torn):
         hurt(torn / "checkpoint-6" / "model.safetensors", "truncated")
         rotate(torn, 2, None)

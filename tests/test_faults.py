@@ -78,9 +78,10 @@ def final_files(out):
     ]
 
 
+EVALUATED = {"test_split_size": 6, "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 4}
 SCHEDULES = {
     "steps": {},
-    "evaluated by steps": {"test_split_size": 6, "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 4},
+    "evaluated by steps": EVALUATED,
     "by epochs": {
         "test_split_size": 6,
         "eval_strategy": "epoch",
@@ -106,6 +107,15 @@ SCHEDULES = {
         "warmup_steps": 4,
     },
     "packed": {"packing": True, "logging_steps": 3, "num_train_epochs": 5},
+    # An evaluation draws random numbers, as training does with these.
+    "dropout": {**EVALUATED, "use_peft": True, "lora_dropout": 0.5, "eval_on_start": True},
+    "noise": {**EVALUATED, "neftune_noise_alpha": 5.0, "save_only_model": True},
+    "only the best": {
+        **EVALUATED,
+        "save_strategy": "best",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+    },
 }
 
 
@@ -146,7 +156,45 @@ class TestSignals:
         assert f"resuming from {torn / f'checkpoint-{step + 1}'}" in caplog.text
         assert history(torn) == history(whole)
         assert (torn / "order.jsonl").read_bytes() == (whole / "order.jsonl").read_bytes()
-        assert (torn / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+        for path in whole.glob("*model*.safetensors"):
+            assert (torn / path.name).read_bytes() == path.read_bytes()
+
+    def test_killed_between_a_save_and_the_evaluation_of_its_step(self, argv, tmp_path, monkeypatch):
+        values = {**SCHEDULES["dropout"], "eval_strategy": "epoch", "eval_steps": None, "save_steps": 5}
+        assert main(argv("whole", **values)) == 0
+        evaluate = OrderedTrainer.evaluate
+
+        def die(self, *args, **kwargs):
+            if self.state.global_step == 5:
+                raise KeyboardInterrupt
+            return evaluate(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(OrderedTrainer, "evaluate", die)
+            with pytest.raises(KeyboardInterrupt):
+                main(argv("torn", **values))
+        assert (tmp_path / "torn" / "checkpoint-5").exists()
+        assert main(argv("torn", **values)) == 0
+        assert history(tmp_path / "torn") == history(tmp_path / "whole")
+
+    def test_in_the_last_evaluation_what_follows_is_left_to_the_next_start(self, argv, tmp_path, monkeypatch, whole):
+        values, whole = SCHEDULES["evaluated by steps"], whole("evaluated by steps")
+        last = len((whole / "order.jsonl").read_text().splitlines())
+        evaluate = OrderedTrainer.evaluate
+
+        def planted(self, *args, **kwargs):
+            if self.state.global_step == last and self.is_in_train:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(OrderedTrainer, "evaluate", planted)
+            assert main(argv("torn", **values)) == EXIT_CODE
+        state = read_state(str(tmp_path / "torn"))
+        assert (state["status"], "what follows is left" in state["reason"]) == ("preempted", True)
+        assert not (tmp_path / "torn" / "manifest.json").exists()
+        assert main(argv("torn", **values)) == 0
+        assert history(tmp_path / "torn") == history(whole)
 
     def test_in_the_last_step_the_next_start_only_ends_it(self, argv, at, tmp_path, whole):
         values, whole = SCHEDULES["evaluated by steps"], whole("evaluated by steps")
@@ -179,7 +227,9 @@ class TestSignals:
         with monkeypatch.context() as patch:
             patch.setattr(preflight, "check", planted)
             assert main(argv("run")) == EXIT_CODE
-        assert not list((tmp_path / "run").glob("checkpoint-*")) or pytest.fail("saved")
+        assert not list((tmp_path / "run").glob("checkpoint-*"))
+        state = read_state(str(tmp_path / "run"))
+        assert (state["status"], state["reason"]) == ("preempted", "SIGTERM")
         assert main(argv("run")) == 0
 
     def test_after_training_the_next_start_finishes(self, argv, tmp_path, monkeypatch, whole):
@@ -381,6 +431,21 @@ class TestSpikes:
         early = Losses(3.0)
         early.spike(1.0)
         assert early.spike(100.0) is None  # nothing to measure by yet
+
+    def test_of_losses_of_nothing_none_is_one(self):
+        seen = Losses(3.0)
+        assert [seen.spike(loss) for loss in [0.0] * 20 + [1e-9]] == [None] * 21
+
+    def test_a_resumed_run_reports_none_twice(self, argv, at, tmp_path):
+        values = {"num_train_epochs": 5, "loss_spike": 1.001, "learning_rate": 1e-5}
+        assert main(argv("whole", **values)) == 0
+        at(27, lambda trainer: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(argv("torn", **values))
+        at(None)
+        assert main(argv("torn", **values)) == 0
+        found = [(tmp_path / name / "loss_spikes.jsonl").read_bytes() for name in ("whole", "torn")]
+        assert found[0] == found[1]
 
     def test_it_is_reported_with_its_rows(self, argv, tmp_path, caplog):
         values = {"num_train_epochs": 5, "loss_spike": 1.001, "learning_rate": 1e-5}

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, losses, settings
+from conftest import ROOT, losses, settings, write_jsonl
+from safetensors.torch import load_file, save_file
 
 from open_r1.errors import UserError
 from open_r1.resuming import BATCH, FIXED, FREE, changed, compare, kind_of, launch_of
@@ -161,6 +162,89 @@ class TestRefused:
         assert "was trained with 2 rows a step, and a step would now take 4" in told
         assert "set global_batch_size: 2, or say allow_changes: [global_batch_size]" in told
 
+    def test_other_rows_under_the_leave_for_something_else(self, tiny_model, chat_file, tmp_path, capsys):
+        path, out = tmp_path / "rows.jsonl", tmp_path / "run"
+        rows = Path(chat_file).read_text().splitlines(keepends=True)[:60]
+        path.write_text("".join(rows))
+        assert main(argv(tiny_model, path, out)) == 0
+        shutil.rmtree(out / "checkpoint-8")
+        record(str(out), status="running")
+        path.write_text("".join(rows[::-1]))
+        assert main(argv(tiny_model, path, out, learning_rate=5e-3, allow_changes=["learning_rate"])) == 2
+        assert "checkpoint-4 was trained on other rows" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("what", ["base", "precision", "evaluated", "config file"])
+    def test_what_no_setting_says(self, tiny_model, chat_file, conversations, tmp_path, capsys, monkeypatch, what):
+        model, tests, config = tmp_path / "model", tmp_path / "tests.jsonl", tmp_path / "accelerate.json"
+        shutil.copytree(tiny_model, model)
+        write_jsonl(tests, conversations[100:110])
+        config.write_text('{"even_batches": true}')
+        values = {"eval_dataset_name": tests, "do_eval": True, "accelerator_config": config, "save_steps": 4}
+        values |= {"use_peft": True} if what == "base" else {}
+        out = tmp_path / "run"
+        assert main(argv(model, chat_file, out, **values)) == 0
+        shutil.rmtree(out / "checkpoint-8")
+        record(str(out), status="running")
+        if what == "base":
+            other = {name: tensor * 1.5 for name, tensor in load_file(model / "model.safetensors").items()}
+            save_file(other, model / "model.safetensors", metadata={"format": "pt"})
+        elif what == "precision":
+            monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        elif what == "evaluated":
+            write_jsonl(tests, conversations[110:120])
+        else:
+            config.write_text('{"even_batches": false}')
+        capsys.readouterr()
+        assert main(argv(model, chat_file, out, **values)) == 2
+        said = {
+            "base": "is an adapter of other weights",
+            "precision": "was trained in no, this would be bf16",
+            "evaluated": "was evaluated on other rows",
+            "config file": "accelerator_config: what the file says has changed",
+        }
+        assert said[what] in capsys.readouterr().err
+
+    def test_a_refused_start_leaves_no_state_that_a_wrapper_would_start_again(self, again, half, capsys):
+        record(str(half), status="preempted", reason="SIGTERM, saved as checkpoint-4")
+        assert again(learning_rate=5e-3) == 2
+        state = read_state(str(half))
+        assert (state["status"], "learning_rate" in state["reason"]) == ("failed", True)
+        assert again() == 0
+
+    @pytest.mark.parametrize(
+        ("values", "told"),
+        [
+            ({"auto_find_batch_size": True}, "auto_find_batch_size changes the rows of a step"),
+            ({"ignore_data_skip": True}, "would read rows again"),
+            ({"save_on_each_node": True}, "leaves each node with a part of a checkpoint"),
+            (
+                {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "test_split_size": 6},
+                "make eval_steps (2) and save_steps (4) the same",
+            ),
+        ],
+    )
+    def test_settings_that_cannot_be_gone_on_with_exactly(self, again, capsys, values, told):
+        assert again(**values) == 2
+        assert told in capsys.readouterr().err
+
+    def test_the_directory_of_the_model(self, tiny_model, chat_file, tmp_path, capsys):
+        shutil.copytree(tiny_model, tmp_path / "model")
+        assert main(argv(tmp_path / "model", chat_file, tmp_path / "." / "model")) == 2
+        assert "output_dir is the model's directory" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("before", "after", "named"),
+        [
+            ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.5}, {"max_steps": 9}, "max_steps"),
+            ({"lr_scheduler_type": "reduce_lr_on_plateau"}, {"lr_scheduler_type": "linear"}, "lr_scheduler_type"),
+            ({"lr_scheduler_type": "reduce_lr_on_plateau"}, {"eval_steps": 9}, "eval_steps"),
+            ({"load_best_model_at_end": True}, {"eval_steps": 9}, "eval_steps"),
+        ],
+    )
+    def test_what_depends_on_other_settings(self, before, after, named):
+        with pytest.raises(UserError, match=rf"other settings \({named}: "):
+            compare(before, {**before, **after}, "out")
+
     def test_a_key_that_there_is_not(self, again, capsys):
         assert again(allow_changes=["learning_rat"]) == 2
         assert "'learning_rat' is none; did you mean learning_rate" in capsys.readouterr().err
@@ -173,6 +257,22 @@ class TestRefused:
         values = {"learning_rate": 5e-3, "allow_changes": ["learning_rate"]}
         assert main(argv(tiny_model, chat_file, whole, **values)) == 2
         assert "finished at step 8: no step is left to go on under learning_rate" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("values", "told"),
+        [
+            ({"per_device_train_batch_size": 4}, "no step is left to go on under per_device_train_batch_size: 2 -> 4"),
+            ({"resume": "never"}, "resume: never, but"),
+        ],
+    )
+    def test_a_finished_run_is_not_passed_off_as_another(self, tiny_model, chat_file, whole, capsys, values, told):
+        assert main(argv(tiny_model, chat_file, whole, **values)) == 2
+        assert told in capsys.readouterr().err
+        assert read_state(str(whole))["status"] == "complete"
+
+    def test_what_changes_nothing_in_a_finished_run_is_said(self, tiny_model, chat_file, whole, caplog):
+        assert main(argv(tiny_model, chat_file, whole, logging_steps=2)) == 0
+        assert "the run is finished, so this changes nothing: logging_steps: 1.0 -> 2.0" in caplog.text
 
     def test_other_versions_are_noted(self, again, half, caplog):
         from open_r1 import checkpoints
@@ -206,6 +306,25 @@ class TestTakesEffect:
         assert logged(half, "loss")[:5] == logged(whole, "loss")[:5]
         assert logged(half, "loss")[6:] != logged(whole, "loss")[6:]
         assert logged(half, "learning_rate") == logged(whole, "learning_rate")
+
+    def test_back_to_the_settings_of_the_checkpoint(self, again, half, whole, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr("open_r1.trainer.OrderedTrainer.training_step", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                again(learning_rate=5e-3, allow_changes=["learning_rate"])
+        assert again() == 0
+        assert losses(half) == losses(whole)
+
+    def test_another_batch_begins_with_the_next_unread_row(self, again, half, caplog, monkeypatch):
+        from open_r1.order import Order
+
+        taken, of_step = [], Order.of_step
+        monkeypatch.setattr(Order, "of_step", lambda self, step: taken.append((self, step)) or of_step(self, step))
+        assert again(per_device_train_batch_size=4, allow_changes=["global_batch_size"]) == 0
+        assert "2 rows a step -> 4, beginning with the next unread row" in caplog.text
+        order = taken[-1][0]
+        assert of_step(order, 5).tolist() == order.rows(8, 12).tolist()
+        assert of_step(order, 8).tolist() == order.rows(20, 24).tolist()
 
     def test_the_schedule(self, again, half):
         values = {"lr_scheduler_type": "constant_with_warmup", "allow_changes": ["lr_scheduler_type"]}
@@ -359,6 +478,13 @@ class TestState:
                 time.sleep(0.1)
         else:
             pytest.fail("the lock of a killed process holds")
+
+    def test_a_home_directory_is_one_place(self, tiny_model, chat_file, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        assert main(argv(tiny_model, chat_file, "~/run", max_steps=2, warmup_steps=None)) == 0
+        assert not (tmp_path / "~").exists()
+        assert read_state(str(tmp_path / "run"))["status"] == "complete"
 
     def test_a_run_that_is_refused_leaves_nothing(self, tiny_model, tmp_path):
         assert main(argv(tiny_model, tmp_path / "no.jsonl", tmp_path / "new" / "run")) == 2

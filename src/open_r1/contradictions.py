@@ -200,7 +200,7 @@ def of_run(recipe: "Recipe") -> Iterator[str]:
     if values.get("load_best_model_at_end") and saves == evaluates == "steps" and every != saved:
         yield (
             f"{origin['load_best_model_at_end']}: the best model can only be one that was saved: make eval_steps "
-            f"({every}) and save_steps ({saved}) the same"
+            f"({every:g}) and save_steps ({saved:g}) the same"
         )
     out, name = (os.path.realpath(str(values.get(key))) for key in ("output_dir", "model_name_or_path"))
     if out == name and os.path.isdir(name):

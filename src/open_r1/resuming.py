@@ -150,6 +150,23 @@ def finished(output_dir: str, settings: dict[str, Any]) -> int | None:
     return step
 
 
+def checkpoint_of(output_dir: str, settings: dict[str, Any]) -> str | None:
+    """The checkpoint to go on from, None for a fresh start, compared as far as recipes alone tell.
+
+    Raises `UserError` when there is none to go on from, or settings are in the way; in a dry run that is only told.
+    """
+    checkpoint = None
+    try:
+        checkpoint = checkpoint_to_resume(output_dir, settings.get("resume", "auto"))
+        if checkpoint is not None:
+            compare(read_seal(Path(checkpoint))["settings"], settings, checkpoint)
+    except UserError as error:
+        if settings.get("dry_run") in (None, False):
+            raise
+        logger.warning("as things are, this would not start: %s", error)
+    return checkpoint
+
+
 def facts_of(
     settings: dict[str, Any], prepared: "Prepared", order: "Order", args: "SFTConfig", model: "ModelConfig"
 ) -> dict[str, Any]:

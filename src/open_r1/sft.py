@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a script: what stands beside it must not hide other packages' modules
     sys.path[0] = str(Path(__file__).parents[1])
 
-from open_r1.checkpoints import checkpoint_to_resume, read_seal, room
+from open_r1.checkpoints import room
 from open_r1.errors import Stopped, UserError
 from open_r1.recipe import Recipe, load_recipe, set_environment, written_out
-from open_r1.resuming import compare, earlier_run, facts_of, finished
+from open_r1.resuming import checkpoint_of, earlier_run, facts_of, finished
 from open_r1.run_state import held, holder, record, record_end
 from open_r1.stopping import EXIT_CODE, Preempted, Stop, heeded
 
@@ -79,9 +79,7 @@ def run(recipe: Recipe, stop: Stop) -> int:
     for note in recipe.notes:
         logger.warning(note)
     output_dir, settings = recipe.values["output_dir"], recipe.values
-    checkpoint = checkpoint_to_resume(output_dir, settings.get("resume", "auto"))
-    if checkpoint is not None:
-        compare(read_seal(Path(checkpoint))["settings"], settings, checkpoint)
+    checkpoint = checkpoint_of(output_dir, settings)
 
     from transformers import set_seed
 
