@@ -52,14 +52,7 @@ class Course(TrainerCallback):
         trainer = self.trainer
         trainer.stop.waits = True
         state.compute_steps(args, state.max_steps)  # upstream keeps the checkpoint's logging, saving and eval steps
-        out, step, earlier = Path(args.output_dir), state.global_step, trainer.earlier
-        same = all(earlier.get(key) == trainer.facts[key] for key in ("order", "data", "rows_a_step"))
-        if step and (earlier["offset"] or earlier["rows_a_step"] != trainer.order.batch):
-            trainer.order.offset, same = earlier["rows_read"] - step * trainer.order.batch, False
-        if state.is_world_process_zero:
-            cut_back_order(out / "order.jsonl", step, trainer.order, trainer.part.key, same)
-            for name in ("loss_spikes.jsonl", "bad_batch.jsonl"):
-                cut_back(out / name, step)
+        trainer.settle_order()
         faults.watch(args.stall_timeout)
         if trainer.is_deepspeed_enabled:
             trainer.skipped = trainer.deepspeed.skipped_steps
@@ -155,6 +148,17 @@ class OrderedTrainer(SFTTrainer):
         self.add_callback(Course(self))
 
     # Reading
+
+    def settle_order(self) -> None:
+        """Begin the stream of rows where the checkpoint ended, and make files of steps end there, too."""
+        out, step, earlier = Path(self.args.output_dir), self.state.global_step, self.earlier
+        same = all(earlier.get(key) == self.facts[key] for key in ("order", "data", "rows_a_step"))
+        if step and (earlier["offset"] or earlier["rows_a_step"] != self.order.batch):
+            self.order.offset, same = earlier["rows_read"] - step * self.order.batch, False
+        if self.is_world_process_zero():
+            cut_back_order(out / "order.jsonl", step, self.order, self.part.key, same)
+            for name in ("loss_spikes.jsonl", "bad_batch.jsonl"):
+                cut_back(out / name, step)
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Order:
         """The order, when it is of as many rows a step as the trainer takes."""
@@ -337,11 +341,12 @@ class OrderedTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
 
     def settle_best(self, out: Path, staged: Path | None = None) -> None:
-        """Say where the best checkpoint is; upstream looks for it where this one is being written."""
+        """Say where the best checkpoint is, here or beside the one that this run went on from.
+
+        Upstream looks for it where this one is being written.
+        """
         name = f"checkpoint-{self.state.best_global_step}"
-        beside = (
-            Path(self.earlier.get("checkpoint", out / name)).parent / name
-        )  # of the run that this one went on with
+        beside = Path(self.earlier.get("checkpoint", out / name)).parent / name
         if (out / name).exists() or (staged is not None and name == staged.name):
             self.state.best_model_checkpoint = str(out / name)
         elif beside.exists():
