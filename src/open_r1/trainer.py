@@ -494,8 +494,10 @@ class OrderedTrainer(SFTTrainer):
         scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it under DeepSpeed
         groups = self.optimizer.param_groups
         if set(changes) & set(OPTIMIZER):
-            filled = [group for group in groups if group["params"]]
-            for group, fresh in zip(filled, self.fresh, strict=True):
+            # DeepSpeed drops groups without parameters, as adapters without biases have one.
+            made = self.fresh if len(self.fresh) == len(groups) else [fresh for fresh in self.fresh if fresh["filled"]]
+            for group, each in zip(groups, made, strict=True):
+                fresh = {key: value for key, value in each.items() if key != "filled"}
                 group.update(fresh, lr=group["lr"], initial_lr=fresh["lr"])
             scheduler.base_lrs = [self.args.learning_rate] * len(scheduler.base_lrs)
         if set(changes) & set(SCHEDULE) and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
@@ -507,8 +509,9 @@ class OrderedTrainer(SFTTrainer):
         """Upstream's; remembers what it is made with."""
         optimizer = super().create_optimizer(*args, **kwargs)
         groups = getattr(optimizer, "param_groups", ())  # DeepSpeed builds one that its own config describes
-        self.fresh = [  # of groups with parameters: DeepSpeed drops others, as adapters without biases have
-            {key: value for key, value in group.items() if key != "params"} for group in groups if group["params"]
+        self.fresh = [
+            {"filled": bool(group["params"]), **{key: value for key, value in group.items() if key != "params"}}
+            for group in groups
         ]
         return optimizer
 
