@@ -24,6 +24,15 @@ from open_r1.trainer import OrderedTrainer
 TIMES = ("runtime", "per_second")
 
 
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """A shell ignores SIGINT for what it starts in the background, and a run leaves it at that."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in stopping.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def argv(tiny_model, chat_file, tmp_path):
     """The command line of a run of 26 rows, 4 a step, two epochs of 6 steps, in a directory of that name."""
@@ -285,6 +294,13 @@ class TestSignals:
         thread.start()
         thread.join()
         assert seen == [""]
+
+    def test_what_is_ignored_stays_so(self):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with heeded() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGTERM) is stop
+        assert stop.signal == ""
 
     def test_a_forked_worker_dies_of_it_as_it_would_without_us(self):
         with heeded():
