@@ -32,7 +32,8 @@ NAMES_A_PATH = re.compile(r"(^|_)(path|dir|file|folder)$")
 
 def contradictions(recipe: "Recipe") -> list[str]:
     """What is wrong with the settings of a recipe taken together; what is only odd goes into its notes."""
-    return [text for find in (secrets, code, paths, of_data, of_model, of_run, of_batches) for text in find(recipe)]
+    finders = (secrets, code, paths, of_data, of_model, of_run, of_going_on, of_batches)
+    return [text for find in finders for text in find(recipe)]
 
 
 def secrets(recipe: "Recipe") -> Iterator[str]:
@@ -160,6 +161,16 @@ def of_run(recipe: "Recipe") -> Iterator[str]:
             yield f"{where}: lr_scheduler_kwargs.{name} is no setting of {schedule}; it takes {takes}"
     if schedule == "warmup_stable_decay" and "num_decay_steps" not in (given or {}):
         yield f"{origin['lr_scheduler_type']}: {schedule} needs lr_scheduler_kwargs: {{num_decay_steps: ...}}"
+    steps, warm = values.get("max_steps", -1), values.get("warmup_steps", 0)
+    if all(isinstance(number, (int, float)) for number in (steps, warm)) and 0 < steps <= warm:
+        recipe.notes.append(f"{origin['warmup_steps']}: all of max_steps {steps} is warm-up (warmup_steps {warm})")
+    if "push_to_hub_revision" in (values.get("callbacks") or []) and not values.get("hub_model_id"):
+        yield f"{origin['callbacks']}: push_to_hub_revision needs hub_model_id, the repository to push to"
+
+
+def of_going_on(recipe: "Recipe") -> Iterator[str]:
+    """What is saved, what of it is the best, and how a run goes on from it."""
+    values, origin = recipe.values, recipe.origin
     saves, evaluates = values.get("save_strategy", "steps"), values.get("eval_strategy", "no")
     if values.get("load_best_model_at_end") and saves != "best" and saves != evaluates:
         yield (
@@ -197,7 +208,8 @@ def of_run(recipe: "Recipe") -> Iterator[str]:
             f"{meant(key, SCHEMA['properties']) or ''}"
         )
     every, saved = values.get("eval_steps") or values.get("logging_steps", 10), values.get("save_steps", 500)
-    if values.get("load_best_model_at_end") and saves == evaluates == "steps" and every != saved:
+    numbers = all(isinstance(number, (int, float)) for number in (every, saved))
+    if values.get("load_best_model_at_end") and saves == evaluates == "steps" and numbers and every != saved:
         yield (
             f"{origin['load_best_model_at_end']}: the best model can only be one that was saved: make eval_steps "
             f"({every:g}) and save_steps ({saved:g}) the same"
@@ -205,11 +217,6 @@ def of_run(recipe: "Recipe") -> Iterator[str]:
     out, name = (os.path.realpath(str(values.get(key))) for key in ("output_dir", "model_name_or_path"))
     if out == name and os.path.isdir(name):
         yield f"{origin['output_dir']}: output_dir is the model's directory and would be written over; choose another"
-    steps, warm = values.get("max_steps", -1), values.get("warmup_steps", 0)
-    if all(isinstance(number, (int, float)) for number in (steps, warm)) and 0 < steps <= warm:
-        recipe.notes.append(f"{origin['warmup_steps']}: all of max_steps {steps} is warm-up (warmup_steps {warm})")
-    if "push_to_hub_revision" in (values.get("callbacks") or []) and not values.get("hub_model_id"):
-        yield f"{origin['callbacks']}: push_to_hub_revision needs hub_model_id, the repository to push to"
 
 
 def of_batches(recipe: "Recipe") -> Iterator[str]:
