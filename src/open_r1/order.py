@@ -178,10 +178,8 @@ def cut_back_order(path: Path, step: int, order: Order, data: str, same: bool) -
     lines = cut_back(path, step, "rows")
     if same:
         require_same_order(lines, order)
-        have = {line["step"] for line in lines}
-        missing = [line_of(order, number, data) for number in range(1, step + 1) if number not in have]
-        told = [*(json.dumps(line) + "\n" for line in lines), *missing]
-        write_whole(path, "".join(sorted(told, key=lambda line: json.loads(line)["step"])))
+        have = {line["step"]: json.dumps(line) + "\n" for line in lines}
+        write_whole(path, "".join(have.get(each) or line_of(order, each, data) for each in range(1, step + 1)))
 
 
 def require_same_order(lines: list[dict[str, Any]], order: Order) -> None:

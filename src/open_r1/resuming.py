@@ -196,7 +196,8 @@ def facts_of(
 def earlier_run(checkpoint: str | None, facts: dict[str, Any], order: "Order", args: "SFTConfig") -> dict[str, Any]:
     """What is known of the run that this one goes on with, empty for a fresh start.
 
-    The facts of its checkpoint, `checkpoint` itself, and `passed`, newer ones that are damaged, with what is wrong.
+    The facts of its checkpoint and `changes` (see `require_same_run`), `checkpoint` itself, and `passed`, newer ones
+    that are damaged, with what is wrong.
     Raises `UserError` when there is none to go on from, or this run may not go on with it.
     """
     checkpoint, passed = verified(checkpoint, args.output_dir, args.resume)
@@ -224,7 +225,8 @@ def earlier_run(checkpoint: str | None, facts: dict[str, Any], order: "Order", a
 def require_same_run(checkpoint: str, now: dict[str, Any]) -> dict[str, Any]:
     """Compare a run's facts with those of the checkpoint that it is to go on from, and note what differs.
 
-    Returns the checkpoint's facts. Raises `UserError` with what may not change.
+    Returns the checkpoint's facts, and in `changes` the settings that differ. Raises `UserError` with what may not
+    change.
     """
     before = read_seal(Path(checkpoint))
     settings = {**before["defaults"], **before["settings"]}
@@ -277,7 +279,7 @@ def require_same_run(checkpoint: str, now: dict[str, Any]) -> dict[str, Any]:
         notes.append(f"{told(differs)}: losses may differ from those of an uninterrupted run in their last digits")
     for note in notes:
         logger.warning("since %s: %s", Path(checkpoint).name, note)
-    return before
+    return {**before, "changes": set(changes)}
 
 
 def verified(checkpoint: str | None, output_dir: str, resume: str) -> tuple[str | None, dict[str, str]]:

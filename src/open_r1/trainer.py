@@ -30,7 +30,7 @@ from open_r1.callbacks import upload
 from open_r1.card import write_card
 from open_r1.errors import Stopped, UserError
 from open_r1.order import Order, cut_back, cut_back_order, line_of, require_rows
-from open_r1.resuming import OPTIMIZER, SCHEDULE, changed
+from open_r1.resuming import OPTIMIZER, SCHEDULE
 from open_r1.run_state import record
 from open_r1.stopping import SIGNALS, Stop, shield
 
@@ -434,8 +434,7 @@ class OrderedTrainer(SFTTrainer):
 
     def forget_another_best(self) -> None:
         """Begin anew with what is best where that is told by another metric now."""
-        changes = changed(self.earlier["settings"], self.facts["settings"])
-        if set(changes) & {"metric_for_best_model", "greater_is_better"}:
+        if self.earlier["changes"] & {"metric_for_best_model", "greater_is_better"}:
             self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, EarlyStoppingCallback):
@@ -490,17 +489,17 @@ class OrderedTrainer(SFTTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Upstream's, and what `allow_changes` lets through: it would silently keep the checkpoint's."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        changes = changed(self.earlier["settings"], self.facts["settings"]) if checkpoint else {}
+        changes = self.earlier.get("changes", set())
         scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it under DeepSpeed
         groups = self.optimizer.param_groups
-        if set(changes) & set(OPTIMIZER):
+        if changes & {*OPTIMIZER}:
             # DeepSpeed drops groups without parameters, as adapters without biases have one.
             made = self.fresh if len(self.fresh) == len(groups) else [fresh for fresh in self.fresh if fresh["filled"]]
             for group, each in zip(groups, made, strict=True):
                 fresh = {key: value for key, value in each.items() if key != "filled"}
                 group.update(fresh, lr=group["lr"], initial_lr=fresh["lr"])
             scheduler.base_lrs = [self.args.learning_rate] * len(scheduler.base_lrs)
-        if set(changes) & set(SCHEDULE) and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        if changes & {*SCHEDULE} and isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
             for group, base, share in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=False):
                 group["lr"] = base * share(scheduler.last_epoch)
             scheduler._last_lr = [group["lr"] for group in groups]  # what is logged
