@@ -42,8 +42,9 @@ sft: .venv/installed $(if $(findstring zero,$(ACCELERATOR)),.venv/installed-deep
 	$(RUN) accelerate launch $(if $(ACCELERATOR),--config_file recipes/accelerate_configs/$(ACCELERATOR).yaml) \
 		$(if $(NUM_PROCESSES),--num_processes $(NUM_PROCESSES)) src/open_r1/sft.py --config $(RECIPE) $(ARGS)
 
-check: .venv/installed ## Check a recipe, its model files and its data without training: make check RECIPE=...
-	$(RUN) python src/open_r1/sft.py --config $(RECIPE) --dry_run $(ARGS)
+check: .venv/installed $(if $(findstring zero,$(ACCELERATOR)),.venv/installed-deepspeed) ## Check a recipe without training, and plan it, also for GPUs elsewhere: make check RECIPE=... [ACCELERATOR=zero3 NUM_PROCESSES=16]
+	$(RUN) python $(if $(ACCELERATOR),scripts/plan.py --config_file recipes/accelerate_configs/$(ACCELERATOR).yaml --num_processes $(or $(NUM_PROCESSES),1)) \
+		src/open_r1/sft.py --config $(RECIPE) --dry_run $(if $(ACCELERATOR),,$(if $(NUM_PROCESSES),--plan_processes $(NUM_PROCESSES))) $(ARGS)
 
 prepare: .venv/installed ## Tokenise and pack a recipe's data on a CPU: make prepare RECIPE=... [ARGS="--export DIR"]
 	$(RUN) python scripts/prepare.py --config $(RECIPE) $(ARGS)

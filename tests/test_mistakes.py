@@ -69,6 +69,7 @@ OTHERS = {
     "save_steps: 5\nsave_steps: 6": "save_steps is said twice, first in line",
     "lr_scheduler_kwargs: {min_lr: 1e-6}\nlr_scheduler_type: cosine": "min_lr is no setting of cosine; it takes num_",
     "lr_scheduler_type: warmup_stable_decay": "warmup_stable_decay needs lr_scheduler_kwargs: {num_decay_steps: ...}",
+    "plan_processes: 8": "plan_processes is what dry_run plans for; to train with as many, start them: accelerate",
     "lora_r: 8": "lora_r says nothing without an adapter: set use_peft: true",
     "load_in_4bit: true\nuse_peft: true\nload_in_8bit: true": "load_in_4bit and load_in_8bit exclude each other",
     "fp16: true\nbf16: true": "fp16 and bf16 exclude each other",

@@ -1,15 +1,18 @@
 """The check before training: each thing that can be known is found, and a healthy run is told nothing."""
 
 import json
+import os
 import shutil
 from collections import namedtuple
 
 import pytest
 import torch
-from conftest import settings, write_jsonl
+from conftest import ROOT, settings, write_jsonl
 from peft import LoraConfig, get_peft_model
+from plan import main as plan_main
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MambaConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from open_r1.memory import device_memory
 from open_r1.sft import main
@@ -271,3 +274,130 @@ def test_time_is_known_from_an_earlier_run(checked, tiny_model, chat_file, tmp_p
     rate = json.loads((tmp_path / "run" / "manifest.json").read_text())["results"]["tokens_per_second"]
     _, _, plan = checked(max_steps=900)
     assert plan["seconds"] == pytest.approx(plan["tokens"] * 900 / plan["steps_per_epoch"] / rate, abs=1)
+
+
+def test_a_plan_for_more_processes_than_are_here(checked):
+    common = {"per_device_train_batch_size": 4, "max_steps": -1, "num_train_epochs": 3}
+    _, _, here = checked(**common)
+    assert (here["processes"], here["accumulation_steps"], here["global_batch_size"]) == (1, 1, 4)
+    _, findings, plan = checked(**common, plan_processes=8, global_batch_size=64)
+    assert (plan["processes"], plan["accumulation_steps"], plan["global_batch_size"]) == (8, 2, 64)
+    assert findings == [] and plan["steps_per_epoch"] == plan["rows"] // 64 == 9 and plan["steps"] == 27
+    code, said, _ = checked(**common, plan_processes=8, global_batch_size=48)
+    assert code == 2 and "48 rows cannot be dealt out to 8 processes in batches of 4" in said
+    more = {"gradient_accumulation_steps": 3, "global_batch_size": 64}
+    code, said, _ = checked(**common, **more, plan_processes=8)
+    assert code == 2 and "per_device_train_batch_size 4 x 8 processes" in said
+    code, said, _ = checked(**common, plan_processes=256)
+    assert code == 2 and "rows cannot fill one optimiser step, which takes 1024: " in said
+
+
+def test_gpus_elsewhere_are_planned_for_and_not_this_machine(checked, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("open_r1.preflight.shutil.disk_usage", lambda path: usage(2**30, 0, 2**18))
+    lacking = {"attn_implementation": "flash_attention_2", "report_to": "mlflow"}
+    code, findings, plan = checked(plan_processes=2, save_total_limit=2, optim="galore_adamw", **lacking)
+    assert code == 0 and [level for level, *_ in findings] == ["warning"] * 2
+    assert "galore_torch, which is not installed" in findings[0][1] and "checkpoints" in findings[1][1]
+    assert plan["memory_bytes"]["total"] > 0
+    code, said, _ = checked(**lacking)
+    assert code == 2 and "flash_attention_2 is not installed" in said
+    # In bfloat16, which such GPUs have, and with less for it than in float32.
+    totals = [checked(plan_processes=2, **more)[2]["memory_bytes"] for more in ({}, {"bf16": False})]
+    assert totals[0]["activations"] < 0.95 * totals[1]["activations"]
+    old = checked(plan_processes=2, plan_gpu="V100")[2]["memory_bytes"]
+    assert old == totals[1]
+
+
+def test_plan_processes_are_for_a_dry_run(tiny_model, chat_file, tmp_path, capsys):
+    argv = settings(model_name_or_path=tiny_model, dataset_name=chat_file, output_dir=tmp_path / "run")
+    assert main([*argv, "--plan_processes", "8"]) == 2
+    assert "plan_processes is what dry_run plans for" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("launch", "shared", "whole"),
+    [
+        ("ddp", [], ["weights", "gradients", "optimizer"]),
+        ("zero2", ["gradients", "optimizer"], ["weights"]),
+        ("zero3", ["weights", "gradients", "optimizer"], []),
+        ("fsdp2", ["weights", "gradients", "optimizer"], []),
+    ],
+)
+def test_what_a_launch_config_shares_out(tiny_model, chat_file, tmp_path, capsys, monkeypatch, launch, shared, whole):
+    if launch.startswith("zero"):
+        pytest.importorskip("deepspeed")
+
+    def planned(processes):
+        monkeypatch.setattr(os, "environ", dict(os.environ))
+        common = {"model_name_or_path": tiny_model, "dataset_name": chat_file, "output_dir": tmp_path / "run"}
+        argv = ["--config_file", ROOT / f"recipes/accelerate_configs/{launch}.yaml", "--num_processes", processes]
+        argv += [ROOT / "src/open_r1/sft.py", *settings(**common, bf16=True, dry_run="json")]
+        assert plan_main([*map(str, argv)]) == 0
+        unset_hf_deepspeed_config()
+        return json.loads(capsys.readouterr().out)["plan"]
+
+    few, many = planned(2), planned(32)
+    assert (few["processes"], many["processes"]) == (2, 32)
+    for part in shared:
+        assert few["memory_bytes"][part] == pytest.approx(16 * many["memory_bytes"][part], rel=0.01)
+    for part in whole:
+        assert few["memory_bytes"][part] == many["memory_bytes"][part] > 0
+    assert few["memory_bytes"]["activations"] == many["memory_bytes"]["activations"]
+    each = many["parameters"] * (2 if launch.startswith("zero") else 4)
+    assert many["memory_bytes"]["weights"] == pytest.approx(each / (32 if "weights" in shared else 1), rel=0.01)
+
+
+def test_a_launch_config_must_say_how_many(tmp_path, capsys):
+    config = str(ROOT / "recipes/accelerate_configs/ddp.yaml")
+    assert plan_main(["--config_file", config, "sft.py"]) == 2
+    assert "num_processes: gpu says nothing of other machines" in capsys.readouterr().err
+    assert plan_main(["--config_file", str(tmp_path / "none.yaml"), "sft.py"]) == 2
+    assert "none.yaml` does not exist" in capsys.readouterr().err
+
+
+@pytest.fixture
+def offloaded(tiny_model, chat_file, tmp_path, capsys, monkeypatch):
+    """The memory that is planned for two processes under ZeRO-3, with `zero_optimization` as given."""
+    pytest.importorskip("deepspeed")
+
+    def planned(**zero):
+        monkeypatch.setattr(os, "environ", dict(os.environ))
+        config = {"stage": 3, "reduce_bucket_size": 1000, "stage3_max_live_parameters": 1000, **zero}
+        path = tmp_path / "zero.json"
+        path.write_text(json.dumps({"zero_optimization": config, "train_micro_batch_size_per_gpu": "auto"}))
+        common = {"model_name_or_path": tiny_model, "dataset_name": chat_file, "output_dir": tmp_path / "run"}
+        argv = ["--use_deepspeed", "--deepspeed_config_file", path, "--num_processes", 2, "--num_machines", 1]
+        argv += ["--dynamo_backend", "no", "--mixed_precision", "no"]
+        argv += [ROOT / "src/open_r1/sft.py", *settings(**common, bf16=True, dry_run="json")]
+        assert plan_main([*map(str, argv)]) == 0
+        unset_hf_deepspeed_config()
+        return json.loads(capsys.readouterr().out)["plan"]["memory_bytes"]
+
+    return planned
+
+
+def test_what_is_offloaded_lies_in_main_memory(offloaded):
+    here = offloaded()
+    assert here["host"] == 0 < min(here[part] for part in ("weights", "gradients", "optimizer"))
+    state = offloaded(offload_optimizer={"device": "cpu"})
+    assert state["gradients"] == state["optimizer"] == 0 and state["weights"] == here["weights"]
+    assert state["host"] == pytest.approx(here["gradients"] + here["optimizer"] * 4 / 3, rel=0.01)  # 12 + 4 bytes
+    both = offloaded(offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"})
+    assert both["weights"] == 0 and both["host"] == pytest.approx(state["host"] + here["weights"], rel=0.01)
+    assert here["total"] - both["total"] == sum(here[part] for part in ("weights", "gradients", "optimizer"))
+
+
+def test_time_for_more_processes_is_that_of_one_shared_by_all(checked, tmp_path):
+    (tmp_path / "run").mkdir()
+    manifest = {"results": {"tokens_per_second": 1000}, "hardware": {"processes": 4, "gpu": "H100"}}
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    more = {"max_steps": 5000}
+    one, many = checked(**more)[2], checked(**more, plan_processes=16)[2]
+    read = many["tokens"] * 5000 / many["steps_per_epoch"]
+    assert one["seconds"] == pytest.approx(one["tokens"] * 5000 / one["steps_per_epoch"] / 1000, abs=1)
+    assert many["seconds"] == pytest.approx(read / 4000, abs=1)
+    manifest["hardware"]["gpu"] = None
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    assert checked(**more, plan_processes=16)[2]["seconds"] is None

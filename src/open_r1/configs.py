@@ -14,6 +14,7 @@ import trl
 # The keys of a dataset alone; in a mixture each source says them itself.
 ALONE = ("dataset_name", "dataset_data_files", "dataset_revision", "dataset_columns", "dataset_mapping")
 ALONE += ("dataset_max_samples",)
+OLD_GPUS = ("T4", "V100")  # that have no bfloat16
 
 
 @dataclass
@@ -394,6 +395,14 @@ class SFTConfig(trl.SFTConfig):
             "help": "GPU that dry_run plans memory for: H100, A100-40GB, ANY-24GB; default: the one that is here."
         },
     )
+    plan_processes: int | None = field(
+        default=None,
+        metadata={
+            "help": "GPUs, one process each, that dry_run plans for, whatever is here; default: the processes it is "
+            "run with.",
+            "above": 0,
+        },
+    )
     wandb_entity: str | None = field(default=None, metadata={"help": "W&B entity to log to."})
     wandb_project: str | None = field(default=None, metadata={"help": "W&B project to log to."})
     wandb_run_group: str | None = field(default=None, metadata={"help": "W&B group of the run."})
@@ -421,6 +430,8 @@ class SFTConfig(trl.SFTConfig):
             self.supervision = "full"
         if self.assistant_only_loss and self.supervision == "full":
             raise ValueError("assistant_only_loss: true and supervision: full exclude each other; keep supervision")
+        if self.plan_processes is not None:  # on other machines: nothing is asked of this one's GPU
+            self.use_cpu = True
         if self.hub_private_repo is None:  # unset, upstream leaves it to the hub, which publishes
             self.hub_private_repo = True
         self._settle_precision()
@@ -431,9 +442,9 @@ class SFTConfig(trl.SFTConfig):
         if self.packing and self.max_length is None:
             raise ValueError("packing needs a max_length: the number of tokens in a packed row")
         if self.global_batch_size is not None:  # before super, which tells DeepSpeed how many steps accumulate
-            launched = int(os.environ.get("WORLD_SIZE", "1"))
+            processes = self.plan_processes or int(os.environ.get("WORLD_SIZE", "1"))
             each = self.per_device_train_batch_size
-            self.gradient_accumulation_steps = accumulation_steps(self.global_batch_size, each, launched)
+            self.gradient_accumulation_steps = accumulation_steps(self.global_batch_size, each, processes)
         super().__post_init__()
         if self.n_gpu > 1:
             raise ValueError(
@@ -441,12 +452,24 @@ class SFTConfig(trl.SFTConfig):
                 "accelerate launch, or choose a GPU with CUDA_VISIBLE_DEVICES"
             )
 
+    @property
+    def processes(self) -> int:
+        """Processes that train: those it is run with, or those that `dry_run` plans for."""
+        return self.plan_processes or self.world_size
+
     def _settle_precision(self) -> None:
-        """One precision, said once: the recipe's; else the launch config's; else bf16 where the hardware has it."""
+        """One precision, said once: the recipe's; else the launch config's; else bf16 where the hardware has it.
+
+        GPUs elsewhere, which `plan_processes` plans for, have it, but for those that are known not to.
+        """
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if self.bf16 is None and not self.fp16:
             self.fp16 = launched == "fp16"
-            self.bf16 = launched == "bf16" or (launched == "no" and bf16_hardware(self.use_cpu))
+            elsewhere = self.plan_processes is not None
+            has_it = (
+                not (self.plan_gpu or "").upper().startswith(OLD_GPUS) if elsewhere else bf16_hardware(self.use_cpu)
+            )
+            self.bf16 = launched == "bf16" or (launched == "no" and has_it)
         asked = "fp16" if self.fp16 else "bf16" if self.bf16 else "no"
         if launched not in ("no", asked):
             raise ValueError(

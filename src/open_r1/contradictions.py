@@ -224,12 +224,17 @@ def of_batches(recipe: "Recipe") -> Iterator[str]:
     values, origin = recipe.values, recipe.origin
     size, steps = values.get("global_batch_size"), values.get("gradient_accumulation_steps")
     each = values.get("per_device_train_batch_size", SCHEMA["properties"]["per_device_train_batch_size"]["default"])
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if all(isinstance(number, int) for number in (size, steps, each)) and size != steps * each * processes:
+    processes = values.get("plan_processes") or int(os.environ.get("WORLD_SIZE", "1"))
+    if all(isinstance(number, int) for number in (size, steps, each, processes)) and size != steps * each * processes:
         yield (
             f"{origin['global_batch_size']}: global_batch_size {size} is not gradient_accumulation_steps {steps} "
             f"({origin['gradient_accumulation_steps']}) x per_device_train_batch_size {each} x {processes} processes; "
             "keep global_batch_size, from which gradient_accumulation_steps follows"
+        )
+    if values.get("plan_processes") is not None and values.get("dry_run") in (None, False):
+        yield (
+            f"{origin['plan_processes']}: plan_processes is what dry_run plans for; to train with as many, start "
+            "them: accelerate launch --num_processes"
         )
     if values.get("auto_find_batch_size"):
         yield (

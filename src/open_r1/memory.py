@@ -37,10 +37,16 @@ GPUS = {"T4": 16, "L4": 24, "A10": 24, "L40S": 48, "V100": 32, "A100": 80, "H100
 def plan_memory(
     config: PretrainedConfig, dtype: str, model_args: "ModelConfig", args: "SFTConfig", length: int, vocabulary: int
 ) -> dict[str, int]:
-    """Bytes that a device needs at most: `weights`, `gradients`, `optimizer`, `activations` (loss too), `total`.
+    """Bytes that a device needs at most: `weights`, `gradients`, `optimizer`, `activations` (loss too), `exchanged`,
+    `total`; and of main memory `host` and `host_first` (see `shared_out`).
 
     `length` is that of the longest row in tokens, `vocabulary` the number of tokens after those that are added.
     """
+    if is_fsdp(args) or (args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage >= 2):
+        args = copy.copy(args)
+        args.gradient_accumulation_steps = max(2, args.gradient_accumulation_steps)  # tells gradients from activations
+    if is_fsdp(args) and not model_args.use_peft:
+        dtype = half_of(args) or dtype  # weights are gathered in it, so that none is cast
     layers = config.get_text_config().num_hidden_layers
     if layers <= DEPTHS[1]:
         found = measure(config, layers, dtype, model_args, args, length, vocabulary)
@@ -90,10 +96,11 @@ def measure(
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
         tracker = Peak([*model.parameters(), *model.buffers()])
-        half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        cast = torch.autocast("cpu", half) if half else contextlib.nullcontext()
+        half = half_of(args)
+        cast = torch.autocast("cpu", getattr(torch, half)) if half else contextlib.nullcontext()
         # On a CPU a packed row has a mask of all pairs; kernels that take lengths have none.
-        attended = torch.ones(1, 1, *shape[1:] * 2, dtype=torch.bool) if packed and args.use_cpu else None
+        masked = packed and args.use_cpu and args.plan_processes is None
+        attended = torch.ones(1, 1, *shape[1:] * 2, dtype=torch.bool) if masked else None
         with tracker:
             for number in range(2 * min(2, args.gradient_accumulation_steps)):
                 step(model, shape, attended, cast)
@@ -102,13 +109,17 @@ def measure(
                     optimizer.step()
                     optimizer.zero_grad()
         states = [value for state in optimizer.state.values() for value in state.values()]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    blocks = max((each for each in model.modules() if isinstance(each, torch.nn.ModuleList)), key=len, default=model)
+    inside = sum(parameter.numel() for parameter in blocks.parameters())
     return {
         "weights": size_of([*model.parameters(), *model.buffers()]),
         "gradients": size_of(trained),
         "optimizer": size_of(states),
         "total": tracker.peak,
         "trained": sum(parameter.numel() for parameter in trained),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": parameters,
+        "gathered": parameters - inside + 2 * inside / layers,  # what is in no layer, a layer, and the next one
     }
 
 
@@ -176,23 +187,54 @@ def step(model: Any, shape: tuple[int, int], attended: torch.Tensor | None, cast
 
 
 def shared_out(found: dict[str, float], model_args: "ModelConfig", args: "SFTConfig") -> dict[str, float]:
-    """The parts on one device of those that share the model, quantised where the recipe says so."""
+    """The parts on one device of those that share the model, quantised where the recipe says so.
+
+    `exchanged` is what sharding gathers and reduces at once. Of main memory, `host` is what each process takes to load
+    the weights or to keep what is offloaded, `host_first` what the first takes to load or to save for all.
+    """
     weights, gradients, optimizer = (found[part] for part in ("weights", "gradients", "optimizer"))
     trained, frozen = found["trained"], found["parameters"] - found["trained"]
+    each = weights / found["parameters"]
     activations = max(
         0.0, found["total"] - weights - optimizer - (gradients if args.gradient_accumulation_steps > 1 else 0)
     )
     if bits := 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 0:
-        weights -= frozen * (weights / found["parameters"] - QUANTISED[bits])
+        weights -= frozen * (each - QUANTISED[bits])
     optimizer = optimizer * state_bytes(args) / 8
-    world, plugin = args.world_size, args.deepspeed_plugin
+    world, plugin = args.processes, args.deepspeed_plugin
     stage = plugin.zero_stage if plugin is not None else 0
+    exchanged = host_first = 0.0
+    host = 0.0 if bits else weights  # every process loads all of them, quantised ones straight onto the device
     if stage:
+        settings = plugin.deepspeed_config["zero_optimization"]
         optimizer = (state_bytes(args) + 4) * trained / world  # in float32, and master weights too
+        bucket = number_in(settings, "reduce_bucket_size", 5e8) * gradients / trained
+        exchanged = bucket * (2 if settings.get("overlap_comm", stage == 3) else 1)
         gradients = gradients / world if stage >= 2 else gradients
-        weights = weights / world if stage == 3 else weights
-    elif world > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        if stage == 3:
+            exchanged += min(weights, number_in(settings, "stage3_max_live_parameters", 1e9) * each)
+            weights = weights / world
+            host = 0.0 if plugin.zero3_init_flag else host
+            host_first = 2 * found["parameters"] if plugin.zero3_save_16bit_model else 0.0
+        kept = 0.0
+        if (settings.get("offload_optimizer") or {}).get("device", "none") != "none":
+            kept = optimizer + gradients + 4 * trained / world  # gradients once more in float32, for the step
+            optimizer = gradients = 0.0
+        if stage == 3 and (settings.get("offload_param") or {}).get("device", "none") != "none":
+            kept, weights = kept + weights, 0.0
+        host = max(host, kept)
+    elif is_fsdp(args):
+        exchanged = 2 * found["gathered"] * each  # with their gradients
+        if half_of(args):  # it keeps in float32 what it computes with in half of it
+            weights, gradients, optimizer = (size * trained for size in (4, 4, state_bytes(args)))
+            weights += frozen * each
+        whole = weights + (optimizer if os.environ.get("FSDP_STATE_DICT_TYPE") == "FULL_STATE_DICT" else 0)
+        efficient = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true"
+        host, host_first = (0.0 if efficient else weights), max(whole, weights if efficient else 0)
         weights, gradients, optimizer = weights / world, gradients / world, optimizer / world
+        if os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true":
+            host = max(host, weights + gradients + optimizer)
+            weights = gradients = optimizer = 0.0
     elif world > 1:
         gradients *= 2  # DDP's buckets
     return {
@@ -200,11 +242,31 @@ def shared_out(found: dict[str, float], model_args: "ModelConfig", args: "SFTCon
         "gradients": gradients,
         "optimizer": optimizer,
         "activations": activations,
+        "exchanged": exchanged,
         "total": weights
         + optimizer
         + activations
+        + exchanged
         + (gradients if stage or world > 1 or args.gradient_accumulation_steps > 1 else 0),
+        "host": host,
+        "host_first": host_first,
     }
+
+
+def is_fsdp(args: "SFTConfig") -> bool:
+    """Whether PyTorch shards the model: accelerate's environment says so, which it heeds on GPUs alone."""
+    return args.processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def half_of(args: "SFTConfig") -> str:
+    """The half precision that is computed in, empty where it is none."""
+    return "bfloat16" if args.bf16 else "float16" if args.fp16 else ""
+
+
+def number_in(settings: dict[str, Any], key: str, default: float) -> float:
+    """A number of DeepSpeed's config, its default where there is none (`auto`)."""
+    value = settings.get(key)
+    return value if isinstance(value, (int, float)) else default
 
 
 def state_bytes(args: "SFTConfig") -> int:

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,19 +41,14 @@ FLASH = {
 
 
 def check_model(model_args: "ModelConfig", training_args: "SFTConfig") -> None:
-    """What can be known about the model without its weights. Raises `UserError`."""
-    attention = model_args.attn_implementation
-    if attention in FLASH and not FLASH[attention]():
-        raise UserError(
-            f"attn_implementation: {attention} is not installed or finds no GPU here; use sdpa, or install it"
-        )
-    if (model_args.load_in_4bit or model_args.load_in_8bit) and not importlib.util.find_spec("bitsandbytes"):
-        raise UserError("load_in_4bit and load_in_8bit need bitsandbytes: pip install 'open-r1[quant]'")
-    for tracker in set(training_args.report_to) & {"wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "clearml"}:
-        if not importlib.util.find_spec(tracker) and not (
-            tracker == "tensorboard" and importlib.util.find_spec("tensorboardX")
-        ):
-            raise UserError(f"report_to: {tracker} is not installed; pip install {tracker}, or drop it")
+    """What can be known about the model without its weights. Raises `UserError`.
+
+    Where `plan_processes` plans for other machines, what is not installed on this one is only told.
+    """
+    for lack in not_installed(model_args, training_args):
+        if training_args.plan_processes is None:
+            raise UserError(lack)
+        logger.warning("on this machine: %s", lack)
     adapter = adapter_base(model_args.model_name_or_path)
     if adapter is not None and not model_args.use_peft:
         raise UserError(
@@ -76,6 +72,20 @@ def check_model(model_args: "ModelConfig", training_args: "SFTConfig") -> None:
             ) from error
         text = " ".join(str(error).split())[:300]
         raise UserError(f"model_name_or_path: {model_args.model_name_or_path!r} cannot be read: {text}") from error
+
+
+def not_installed(model_args: "ModelConfig", training_args: "SFTConfig") -> Iterator[str]:
+    """What a recipe needs that this machine does not have, each with its remedy."""
+    attention = model_args.attn_implementation
+    if attention in FLASH and not FLASH[attention]():
+        yield f"attn_implementation: {attention} is not installed or finds no GPU here; use sdpa, or install it"
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and not importlib.util.find_spec("bitsandbytes"):
+        yield "load_in_4bit and load_in_8bit need bitsandbytes: pip install 'open-r1[quant]'"
+    for tracker in set(training_args.report_to) & {"wandb", "tensorboard", "mlflow", "trackio", "comet_ml", "clearml"}:
+        if not importlib.util.find_spec(tracker) and not (
+            tracker == "tensorboard" and importlib.util.find_spec("tensorboardX")
+        ):
+            yield f"report_to: {tracker} is not installed; pip install {tracker}, or drop it"
 
 
 def get_model(

@@ -123,7 +123,7 @@ class Order(Sampler[int]):
 
 def order_of(part: "Part", args: "SFTConfig") -> Order:
     """The order of a run's rows. Raises `UserError` when there are fewer rows than an optimiser step takes."""
-    processes, rows = args.world_size, len(part.rows)
+    processes, rows = args.processes, len(part.rows)
     batch = args.train_batch_size * args.gradient_accumulation_steps * processes
     if rows < batch:
         most = rows // processes * processes

@@ -331,14 +331,15 @@ def stack(model_args: "ModelConfig", args: "SFTConfig") -> Iterator[Finding]:
     if quantised and zero == 3:
         yield Finding("error", "quantised weights cannot be sharded by ZeRO-3", "launch with ddp or zero2")
     optimizer = str(getattr(args.optim, "value", args.optim))
+    level = "error" if args.plan_processes is None else "warning"  # it will run on other machines
     package = next((package for pattern, package in OPTIMIZERS.items() if re.fullmatch(pattern, optimizer)), None)
     if package and not importlib.util.find_spec(package):
         name = {"optimi": "torch-optimi"}.get(package, package)
-        yield Finding("error", f"optim: {optimizer} needs {package}, which is not installed", f"pip install {name}")
+        yield Finding(level, f"optim: {optimizer} needs {package}, which is not installed", f"pip install {name}")
     if args.use_liger_kernel and not importlib.util.find_spec("liger_kernel"):
-        yield Finding(
-            "error", "use_liger_kernel: liger-kernel is not installed", "pip install liger-kernel, or drop it"
-        )
+        yield Finding(level, "use_liger_kernel: liger-kernel is not installed", "pip install liger-kernel, or drop it")
+    if args.plan_processes is not None:
+        return
     if quantised and not torch.cuda.is_available():
         yield Finding("warning", "quantised weights need a GPU, and none is here", "check again where it will run")
     if args.bf16 and args.use_cpu:
@@ -354,7 +355,7 @@ def plan_of(
 ) -> dict[str, Any]:
     """What the run comes to: rows, tokens, steps, parameters, checkpoints and their size in bytes."""
     total, rows = prepared.train.ledger["total"], len(prepared.train.rows)
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.processes
     per_epoch = max(1, rows // batch)  # what is left over begins the next epoch
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     plan: dict[str, Any] = {
@@ -363,7 +364,8 @@ def plan_of(
         "tokens": total["tokens"],
         "supervised_tokens": total["supervised"],
         "eval_rows": prepared.eval.ledger["total"]["trained"] if prepared.eval else None,
-        "processes": args.world_size,
+        "processes": args.processes,
+        "accumulation_steps": args.gradient_accumulation_steps,
         "global_batch_size": batch,
         "steps_per_epoch": per_epoch,
         "steps": steps,
@@ -380,16 +382,24 @@ def plan_of(
         plan["checkpoint_bytes"] = checkpoint_bytes(plan, model_args, args)
         plan["disk_bytes"] = plan["checkpoint_bytes"] * plan["checkpoints"] + model_bytes(plan, model_args)
     out = Path(args.output_dir)
-    rate = throughput(out)
+    rate = throughput(out, args)
     plan["seconds"] = round(total["tokens"] * steps / per_epoch / rate) if rate else None
     plan["free_disk_bytes"] = shutil.disk_usage(existing(out)).free + written(out)
     return plan
 
 
-def throughput(out: Path) -> float | None:
-    """Tokens a second that an earlier run in this directory reached; None where there was none."""
+def throughput(out: Path, args: "SFTConfig") -> float | None:
+    """Tokens a second that an earlier run in this directory reached; None where there was none.
+
+    For so many processes as `plan_processes` says, each of them as fast as one was then: what they exchange is not
+    counted. Where that run was on a CPU nothing is known of them.
+    """
     try:
-        return json.loads((out / "manifest.json").read_text(encoding="utf-8"))["results"]["tokens_per_second"]
+        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+        rate, hardware = manifest["results"]["tokens_per_second"], manifest["hardware"]
+        if args.plan_processes is None or rate is None:
+            return rate
+        return rate / hardware["processes"] * args.plan_processes if hardware["gpu"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -411,12 +421,17 @@ def model_bytes(plan: dict[str, Any], model_args: "ModelConfig") -> int:
 
 
 def checkpoint_bytes(plan: dict[str, Any], model_args: "ModelConfig", args: "SFTConfig") -> int:
-    """Size of a checkpoint: model and optimizer state, with ZeRO's float32 master weights too."""
+    """Size of a checkpoint: model and optimizer state, with ZeRO's float32 master weights too.
+
+    Unless weights are sharded, DeepSpeed writes them a second time.
+    """
+    model, plugin = model_bytes(plan, model_args), args.deepspeed_plugin
+    if args.save_only_model:
+        return model
     each = 4 if model_args.use_peft else BYTES[plan["dtype"]]
-    state = state_bytes(args) * each // 4
-    if args.deepspeed_plugin is not None:
-        state = state_bytes(args) + 4
-    return model_bytes(plan, model_args) + (0 if args.save_only_model else state * plan["trained_parameters"])
+    state = state_bytes(args) * each // 4 if plugin is None else state_bytes(args) + 4
+    twice = plugin is not None and plugin.zero_stage < 3
+    return model * (2 if twice else 1) + state * plan["trained_parameters"]
 
 
 def written(out: Path) -> int:
@@ -429,7 +444,7 @@ def disk(plan: dict[str, Any], args: "SFTConfig") -> Iterator[Finding]:
     needed, free = plan.get("disk_bytes", 0), plan["free_disk_bytes"]
     if needed > free and args.process_index == 0:  # which writes them
         yield Finding(
-            "error",
+            "error" if args.plan_processes is None else "warning",  # which may not be the disk of those machines
             f"output_dir: {plan['checkpoints']} checkpoints and the model take {gib(needed)}; {gib(free)} are free",
             "set save_total_limit, save_only_model: true, or another output_dir",
         )
@@ -522,7 +537,7 @@ def plan_text(plan: dict[str, Any]) -> str:
     lines = []
     flat = {**plan, **{f"memory_{part}_bytes": size for part, size in plan.get("memory_bytes", {}).items()}}
     for key, value in flat.items():
-        if value is None or isinstance(value, dict):
+        if value is None or isinstance(value, dict) or (key.startswith("memory_") and not value):
             continue
         shown = gib(value) if key.endswith("_bytes") else f"{value:,}" if isinstance(value, (int, float)) else value
         lines.append(f"{key.replace('_bytes', '').replace('_', ' '):18}  {shown}")
