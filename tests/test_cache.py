@@ -38,7 +38,12 @@ def test_a_table_is_made_once(key):
     for _ in range(2):
         assert prepared_table(key, writer([1, 2], calls))["a"][:] == [1, 2]
     assert len(calls) == 1
-    assert sorted(path.name for path in (folder_of(key)).iterdir()) == ["data.arrow", "key.json", "sizes.json"]
+    assert sorted(path.name for path in (folder_of(key)).iterdir()) == [
+        "cost.json",
+        "data.arrow",
+        "key.json",
+        "sizes.json",
+    ]
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "cut behind a batch", "empty"])

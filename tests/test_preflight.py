@@ -309,6 +309,17 @@ def test_gpus_elsewhere_are_planned_for_and_not_this_machine(checked, monkeypatc
     assert old == totals[1]
 
 
+def test_what_preparing_the_data_cost_is_told_again(checked):
+    common = {"packing": True, "max_length": 137}
+    first, second = checked(**common)[2], checked(**common)[2]
+    told = ("preparation_seconds", "preparation_resident_bytes", "prepared_bytes")
+    assert [first[key] for key in told] == [second[key] for key in told]
+    assert 0 < first["preparation_seconds"] < 60 and first["preparation_resident_bytes"] > 2**27
+    assert first["prepared_bytes"] > 8 * (2 * first["tokens"])  # ids and labels of rows, and of packs
+    full = first["tokens"] / (first["packed_rows"] * 137)
+    assert first["packing_efficiency"] == pytest.approx(full, abs=1e-4) and first["cut_tokens"] > 0
+
+
 def test_plan_processes_are_for_a_dry_run(tiny_model, chat_file, tmp_path, capsys):
     argv = settings(model_name_or_path=tiny_model, dataset_name=chat_file, output_dir=tmp_path / "run")
     assert main([*argv, "--plan_processes", "8"]) == 2
@@ -401,3 +412,15 @@ def test_time_for_more_processes_is_that_of_one_shared_by_all(checked, tmp_path)
     manifest["hardware"]["gpu"] = None
     (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
     assert checked(**more, plan_processes=16)[2]["seconds"] is None
+
+
+def test_only_kernels_that_take_lengths_need_no_mask_of_all_pairs(checked):
+    common = {"plan_processes": 1, "packing": True, "max_length": 512, "activation_checkpointing": True}
+
+    def activations(attention, rows):
+        values = {**common, "attn_implementation": attention, "per_device_train_batch_size": rows}
+        return checked(**values)[2]["memory_bytes"]["activations"]
+
+    few, many = (activations("flash_attention_2", rows) for rows in (8, 80))
+    assert 5 < many / few < 10.5
+    assert activations("sdpa", 80) > 3 * many

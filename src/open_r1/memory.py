@@ -16,7 +16,8 @@ from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import PretrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl import get_peft_config
 from trl.trainer.utils import add_fused_lm_head
 
@@ -25,6 +26,7 @@ from open_r1.model import skeleton
 if TYPE_CHECKING:
     from open_r1.configs import ModelConfig, SFTConfig
 
+LENGTHS = "lengths"  # attention without a mask of all pairs
 DEPTHS = (6, 12)  # layers that deeper models are measured with
 OUTPUTS = ("log_probs", "entropy", "is_top1")  # what TRL's trainer asks of the loss
 QUANTISED = {4: 0.55, 8: 1.05}  # bytes of a weight in bits, its scales included
@@ -77,7 +79,11 @@ def measure(
     shape = (1, rows * length) if packed or args.padding_free else (rows, length)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        attention = "eager" if model_args.attn_implementation == "eager" else "sdpa"
+        attention = model_args.attn_implementation or "sdpa"
+        if attention not in ("eager", "sdpa"):  # kernels that take lengths
+            attention = LENGTHS
+            AttentionInterface.register(LENGTHS, sdpa_attention_forward)
+            AttentionMaskInterface.register(LENGTHS, lambda *args, **kwargs: None)
         model = skeleton(config, dtype=getattr(torch, dtype), attn_implementation=attention)
         add_fused_lm_head(model, outputs=OUTPUTS)
         if (lora := get_peft_config(model_args)) is not None:
@@ -98,12 +104,11 @@ def measure(
         tracker = Peak([*model.parameters(), *model.buffers()])
         half = half_of(args)
         cast = torch.autocast("cpu", getattr(torch, half)) if half else contextlib.nullcontext()
-        # On a CPU a packed row has a mask of all pairs; kernels that take lengths have none.
-        masked = packed and args.use_cpu and args.plan_processes is None
-        attended = torch.ones(1, 1, *shape[1:] * 2, dtype=torch.bool) if masked else None
+        # For eager and sdpa the mask of a packed row is one of all pairs.
+        masked = (1, 1, *shape[1:] * 2) if packed and attention != LENGTHS else shape
         with tracker:
             for number in range(2 * min(2, args.gradient_accumulation_steps)):
-                step(model, shape, attended, cast)
+                step(model, shape, masked, cast)
                 if args.gradient_accumulation_steps == 1 or number % 2:
                     torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
                     optimizer.step()
@@ -176,11 +181,11 @@ def fill(model: torch.nn.Module) -> None:
             module._buffers[name] = tensor if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
-def step(model: Any, shape: tuple[int, int], attended: torch.Tensor | None, cast: Any) -> None:
+def step(model: Any, shape: tuple[int, int], masked: tuple[int, ...], cast: Any) -> None:
     """Forward and backward of one micro-batch, as TRL's trainer does them."""
     ids = torch.zeros(shape, dtype=torch.long)
     with cast:
-        mask = attended if attended is not None else torch.ones(shape, dtype=torch.long)
+        mask = torch.ones(masked, dtype=torch.long if len(masked) == 2 else torch.bool)
         made = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True)
         loss = -made.log_probs.sum() / ids.numel()
     loss.backward()

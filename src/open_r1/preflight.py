@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from open_r1.cache import cost_of
 from open_r1.chat import end_of_turn
 from open_r1.errors import UserError
 from open_r1.findings import LEVELS, Finding, as_text, has_errors
@@ -361,9 +362,12 @@ def plan_of(
     plan: dict[str, Any] = {
         "rows": total["trained"],
         "packed_rows": rows if args.packing else None,
+        "packing_efficiency": total.get("packing_efficiency"),
         "tokens": total["tokens"],
+        "cut_tokens": total["cut"],
         "supervised_tokens": total["supervised"],
         "eval_rows": prepared.eval.ledger["total"]["trained"] if prepared.eval else None,
+        **preparation(prepared),
         "processes": args.processes,
         "accumulation_steps": args.gradient_accumulation_steps,
         "global_batch_size": batch,
@@ -386,6 +390,20 @@ def plan_of(
     plan["seconds"] = round(total["tokens"] * steps / per_epoch / rate) if rate else None
     plan["free_disk_bytes"] = shutil.disk_usage(existing(out)).free + written(out)
     return plan
+
+
+def preparation(prepared: Prepared) -> dict[str, Any]:
+    """What making the prepared tables cost, now or when they were made, and what they take on disk."""
+    parts = prepared.parts.values()
+    cost = cost_of(
+        [table for part in parts for table in (part.rows, part.unpacked)]
+        + [rows for part in parts for table in part.tables for rows in (table.tokens, table.source.rows)]
+    )
+    return {
+        "preparation_seconds": round(cost["seconds"], 1),
+        "preparation_resident_bytes": cost["resident_bytes"],
+        "prepared_bytes": cost["bytes"],
+    }
 
 
 def throughput(out: Path, args: "SFTConfig") -> float | None:
