@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +17,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 SHARES = (0.35, 0.25, 0.2, 0.15, 0.05)  # of the five sources
 
 import pytest  # noqa: E402
-from make_docstrings import docstrings, write_model  # noqa: E402
+from make_docstrings import docstrings as all_docstrings  # noqa: E402
+from make_docstrings import write_model  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,7 +42,7 @@ def no_stale_log_handler():
 @pytest.fixture(scope="session")
 def pairs():
     """600 (question, docstring) pairs of the standard library."""
-    return list(itertools.islice(docstrings(), 600))
+    return list(itertools.islice(all_docstrings(), 600))
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +119,28 @@ def five(tmp_path_factory, pairs):
     write_jsonl(folder / "plain.jsonl", [{"text": a} for _, a in pairs[500:]])
     names = ("alpaca.csv", "sharegpt.jsonl", "tools.parquet", "completions.json", "plain.jsonl")
     return [{"id": str(folder / name), "name": name.partition(".")[0]} for name in names]
+
+
+@pytest.fixture(scope="session")
+def docstrings(tmp_path_factory):
+    """The docstring recipe's own model and data, all rows."""
+    out = tmp_path_factory.mktemp("docstrings")
+    subprocess.run([sys.executable, "scripts/make_docstrings.py", str(out)], cwd=ROOT, check=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """Slurm with two nodes; gives the environment that finds it."""
+    script, folder = ROOT / "tests/slow/slurm_cluster.sh", tmp_path_factory.mktemp("cluster")
+    up = subprocess.run(["bash", script, "up", folder, "2"], capture_output=True, text=True)
+    if up.returncode == 3:
+        pytest.skip(up.stderr.strip())
+    try:
+        assert up.returncode == 0, up.stderr
+        yield {"SLURM_CONF": folder / "slurm.conf"}
+    finally:
+        subprocess.run(["bash", script, "down", folder], check=True)
 
 
 def write_jsonl(path, rows):

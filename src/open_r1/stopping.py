@@ -1,5 +1,7 @@
 """Signals: SIGTERM, SIGINT, SIGUSR1 and SIGHUP stop a run so that the same command goes on with it.
 
+SIGUSR1 is a scheduler's: sent again it asks for the same. Any other one that comes again stops at once.
+
 Python's handler only sets down that one came. Before and after training that ends the run at once, nothing can be
 lost there; while it trains, all processes agree on a step (`trainer.OrderedTrainer.agree`), save, and leave. Python
 runs handlers between two of its own instructions: where the main thread waits in C for another process that is gone,
@@ -41,7 +43,7 @@ class Stop:
         if os.getpid() != self.pid:  # a forked worker: its parent decides what becomes of it
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif self.leaving or (self.signal and time.monotonic() - self.at < SAME_REQUEST):
+        elif self.leaving or (self.signal and self.is_same(number, self.at)):
             return
         elif self.signal and self.waits:
             self.leaving = True
@@ -53,6 +55,11 @@ class Stop:
                 raise Preempted(self.signal)
             logger.warning("%s: saving and stopping at the end of this step; again, it stops at once", self.signal)
 
+    @staticmethod
+    def is_same(number: int, since: float) -> bool:
+        """Whether a signal says what one at `since` has said already."""
+        return number == signal.SIGUSR1 or time.monotonic() - since < SAME_REQUEST
+
     def watch(self, pipe: int) -> None:
         """End the process where a signal should have ended it and the main thread does not come to it.
 
@@ -63,7 +70,7 @@ class Stop:
             if self.ended or number[0] not in SIGNALS:
                 continue
             name, now = signal.Signals(number[0]).name, time.monotonic()
-            waits = self.waits if first is None else now - first[1] < SAME_REQUEST
+            waits = self.waits if first is None else self.is_same(number[0], first[1])
             first = first or (name, now)
             if waits:
                 continue
@@ -84,7 +91,10 @@ def heeded() -> Iterator[Stop]:
         yield stop
         return
     heeding = stop
-    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # not what nohup ignores
+    # Not what nohup and shells ignore for what runs behind them. SIGTERM and SIGUSR1 are only ignored on behalf of a
+    # launcher, which would die of them before its processes have saved (slurm/train.slurm).
+    ignored = {number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_IGN}
+    heard = [number for number in SIGNALS if number not in ignored]
     before = {number: signal.signal(number, stop) for number in heard}
     reading, writing = os.pipe()
     os.set_blocking(writing, False)

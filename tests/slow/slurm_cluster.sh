@@ -37,7 +37,7 @@ SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$port
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
-AuthInfo=socket=$dir/munge.socket
+AuthInfo=socket=$dir/munge.socket,cred_expire=5
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool-%n
 SlurmctldPidFile=$dir/slurmctld.pid
@@ -50,6 +50,8 @@ SelectType=select/cons_tres
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 SlurmdParameters=config_overrides
 ReturnToService=2
+SlurmdTimeout=20
+KillWait=30
 GresTypes=gpu
 NodeName=n[1-$nodes] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + nodes))] CPUs=$(nproc) Gres=gpu:8
 PartitionName=main Nodes=ALL Default=YES State=UP
@@ -59,7 +61,7 @@ END
     slurmctld -c
     for ((n = 1; n <= nodes; n++)); do
         mkdir -p "$dir/spool-n$n"
-        slurmd -N "n$n"
+        CLUSTER_NODE=n$n slurmd -N "n$n" # by it tests find what a node runs
     done
     for ((n = 0; n < 150; n++)); do
         [[ $(sinfo -h -t idle -o %D 2>/dev/null) == "$nodes" ]] && return

@@ -40,14 +40,6 @@ def run(config, argv):
     return done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def docstrings(tmp_path_factory):
-    """The docstring recipe's own model and data, all rows."""
-    out = tmp_path_factory.mktemp("docstrings")
-    subprocess.run([sys.executable, "scripts/make_docstrings.py", str(out)], cwd=ROOT, env=environment(), check=True)
-    return out
-
-
 class TestDocstringRecipe:
     """The second real input: some 8,000 conversations of natural length, 50 steps, launched four ways."""
 

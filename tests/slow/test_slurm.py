@@ -128,20 +128,6 @@ class TestDryRun:
         assert done.returncode == 0, done.stdout
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """Slurm with two nodes; gives the environment that finds it."""
-    script, folder = ROOT / "tests/slow/slurm_cluster.sh", tmp_path_factory.mktemp("cluster")
-    up = subprocess.run(["bash", script, "up", folder, "2"], capture_output=True, text=True)
-    if up.returncode == 3:
-        pytest.skip(up.stderr.strip())
-    try:
-        assert up.returncode == 0, up.stderr
-        yield {"SLURM_CONF": folder / "slurm.conf"}
-    finally:
-        subprocess.run(["bash", script, "down", folder], check=True)
-
-
 @pytest.fixture
 def root(tmp_path):
     """A root of the repository whose logs are the test's own."""

@@ -2,7 +2,7 @@
 
 `FAULTS` in the environment is a JSON list of objects: `do` names a function of this file, what else there is are its
 arguments. `rank` and `step` say where it strikes: everywhere and always where they are left out. A planted wait
-touches the file `mark` when it begins.
+touches the file `mark` when it begins; with `once` it is skipped when that is there.
 """
 
 import importlib.util
@@ -29,6 +29,8 @@ def planted(do):
 
 def wait(do):
     for fault in planted(do):
+        if "once" in fault and Path(fault["mark"]).exists():
+            continue
         if "mark" in fault:
             Path(fault["mark"]).touch()
         end = time.monotonic() + fault["seconds"]
