@@ -279,6 +279,22 @@ class TestSignals:
         with pytest.raises(Preempted):
             stop(signal.SIGTERM)
 
+    def test_a_scheduler_that_asks_again_asks_for_the_same(self, argv, at, tmp_path, monkeypatch, whole):
+        monkeypatch.setattr(stopping, "SAME_REQUEST", 0.0)
+        values, whole = SCHEDULES["evaluated by steps"], whole("evaluated by steps")
+
+        def again_and_again(trainer):
+            for _ in range(5):
+                os.kill(os.getpid(), signal.SIGUSR1)
+                time.sleep(0.05)
+
+        at(4, again_and_again)
+        assert main(argv("torn", **values)) == EXIT_CODE
+        assert read_state(str(tmp_path / "torn"))["reason"] == "SIGUSR1, saved as checkpoint-5"
+        at(None)
+        assert main(argv("torn", **values)) == 0
+        assert history(tmp_path / "torn") == history(whole)
+
     def test_handlers_are_as_before_behind_it_and_other_threads_do_without(self):
         before = [signal.getsignal(number) for number in stopping.SIGNALS]
         with heeded():
@@ -301,6 +317,18 @@ class TestSignals:
             os.kill(os.getpid(), signal.SIGINT)
             assert signal.getsignal(signal.SIGTERM) is stop
         assert stop.signal == ""
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+    def test_what_a_launcher_must_not_die_of_is_heeded(self, number):
+        before = signal.signal(number, signal.SIG_IGN)
+        try:
+            with heeded() as stop:
+                stop.waits = True
+                os.kill(os.getpid(), number)
+                assert stop.signal == number.name
+            assert signal.getsignal(number) == signal.SIG_IGN
+        finally:
+            signal.signal(number, before)
 
     def test_a_forked_worker_dies_of_it_as_it_would_without_us(self):
         with heeded():

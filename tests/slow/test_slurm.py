@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,8 @@ class TestDryRun:
             (DEMO[:-2], "give --accelerator: ddp.yaml"),
             ([*DEMO[:-1], "zero9"], "no such file: recipes/accelerate_configs/zero9.yaml"),
             ([*DEMO, "--config", "none"], "no such file: recipes/demo/sft/config_none.yaml"),
+            ([*DEMO, "--sbatch", "--nodes=2"], "--sbatch goes with --prepare"),
+            ([*DEMO, "--prepare", "--sbatch", "--comment='"], "--sbatch  --comment=': No closing quotation"),
         ],
     )
     def test_mistakes_are_named(self, argv, message):
@@ -121,9 +125,33 @@ class TestDryRun:
         assert done.returncode == 2
         assert "submit this with sbatch" in done.stderr
 
+    def test_preparing_first_is_two_jobs_that_say_the_same(self):
+        both = ["--sbatch", "--nodes=2 --comment='a b'", "--sbatch-prepare=--partition=cpu", "--args", "--seed 7"]
+        done = dry_run(*DEMO, "--prepare", *both, "--", *HOSTILE)
+        assert done.returncode == 0, done.stderr
+        prepare, train = done.stdout.split("\nsbatch ")
+        asked = ["--task", "sft", "--recipe", "recipes/demo/sft/config_arithmetic.yaml", "--accelerator", "ddp"]
+        asked += ["--args", " --seed 7", "--", *HOSTILE]
+        assert words(prepare) == ["sbatch", "--parsable", "--partition=cpu", "slurm/prepare.slurm", *asked]
+        options = ["--kill-on-invalid-dep=yes", "--nodes=2", "--comment=a b"]
+        dependency = "--dependency=afterok:PREPARE_JOB"
+        assert words(f"sbatch {train}") == ["sbatch", dependency, *options, "slurm/train.slurm", *asked]
+
+    def test_a_container_is_put_before_every_command(self, tmp_path):
+        site = tmp_path / "site.sh"
+        site.write_text('RUN_IN=(run "in it")\nSRUN_OPTIONS=(--container-image="an image")\n')
+        command = words(dry_run(*DEMO, OPEN_R1_SITE=site).stdout)
+        assert command[0] == "srun"
+        assert "--container-image=an image" in command[: command.index("bash")]
+        launch = command.index("accelerate")
+        assert command[launch - 2 : launch + 2] == ["run", "in it", "accelerate", "launch"]
+        start = command.index("bash")
+        count = int(command[start + 5])
+        assert command[start + 6 + count] == "src/open_r1/sft.py"  # the node's rank goes before it
+
     @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
     def test_shellcheck(self):
-        scripts = ["slurm/train.slurm", "tests/slow/slurm_cluster.sh"]
+        scripts = [*map(str, Path(ROOT / "slurm").glob("*.slurm")), "tests/slow/slurm_cluster.sh"]
         done = subprocess.run(["shellcheck", *scripts], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
 
@@ -131,7 +159,7 @@ class TestDryRun:
 @pytest.fixture
 def root(tmp_path):
     """A root of the repository whose logs are the test's own."""
-    for name in ("src", "recipes", "slurm"):
+    for name in ("src", "recipes", "slurm", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / ".venv").symlink_to(sys.prefix)
     (tmp_path / "logs").mkdir()
@@ -221,3 +249,60 @@ def test_a_run_that_fails_fails_the_job(tiny_model, chat_file, cluster, root):
     assert code != 0
     assert "learning_rte is not a setting" in log
     assert f"ended with exit code {code}" in log
+
+
+def by_number(root, cluster, command, *argv, **env):
+    done = subprocess.run(
+        [command, *map(str, argv)], cwd=root, env=environment(**cluster, **env), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def ended(root, cluster, number):
+    """Slurm's word for the end of a job."""
+    for _ in range(600):
+        state = by_number(root, cluster, "scontrol", "show", "job", number).partition("JobState=")[2].split()[0]
+        if state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
+            return state
+        time.sleep(0.5)
+    raise AssertionError("it does not end")
+
+
+def prepared_first(root, cluster, recipe, *argv):
+    """Submit both jobs; returns their numbers."""
+    options = ["--sbatch", "--nodes=2", "--sbatch-prepare", "--cpus-per-task=1"]
+    common = ["--recipe", recipe, "--accelerator", "ddp", "--args", shlex.join(settings(max_steps=2))]
+    env = {"PROCESSES_PER_NODE": 1, "HF_DATASETS_CACHE": root / "cache"}
+    said = by_number(root, cluster, "bash", "slurm/train.slurm", "--prepare", *options, *common, *argv, **env)
+    return re.findall(r"Submitted batch job (\d+)", said)
+
+
+def test_data_is_prepared_by_a_job_of_its_own_and_found(tiny_model, chat_file, cluster, root):
+    recipe = root / "recipe.yaml"
+    recipe.write_text(f"model_name_or_path: {tiny_model}\ndataset_name: {chat_file}\noutput_dir: {root / 'out'}\n")
+    first, second = prepared_first(root, cluster, recipe)
+    assert ended(root, cluster, second) == "COMPLETED"
+    log, then = (root / f"logs/open-r1{name}.out" for name in (f"-prepare-{first}", f"-{second}"))
+    assert "tokenised for the first time" in log.read_text()
+    assert "tokenised for the first time" not in then.read_text()
+    assert "train, rows" in then.read_text()  # of the first node
+    assert "train, rows" not in (root / f"logs/open-r1-{second}-node1.out").read_text()
+    state = subprocess.run(
+        [sys.executable, "scripts/run_state.py", "--config", recipe], cwd=ROOT, capture_output=True, text=True
+    )
+    assert state.stdout.splitlines()[1:] == [
+        "status: complete",
+        "reason: ",
+        f"checkpoint: {root / 'out/checkpoint-2'}",
+        "step: 2",
+    ]
+
+
+def test_training_is_withdrawn_when_its_data_cannot_be_prepared(tiny_model, cluster, root):
+    recipe = root / "recipe.yaml"
+    recipe.write_text(f"model_name_or_path: {tiny_model}\ndataset_name: {root / 'none.jsonl'}\n")
+    first, second = prepared_first(root, cluster, recipe)
+    assert (ended(root, cluster, first), ended(root, cluster, second)) == ("FAILED", "CANCELLED")
+    assert "none.jsonl" in (root / f"logs/open-r1-prepare-{first}.out").read_text()
+    assert not (root / f"logs/open-r1-{second}.out").exists()
