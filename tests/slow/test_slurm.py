@@ -57,7 +57,7 @@ def dry_run(*argv, cwd=ROOT, **env):
     return subprocess.run(
         ["bash", "slurm/train.slurm", "--dry-run", *argv],
         cwd=cwd,
-        env=environment(**env),
+        env=environment(**{"OPEN_R1_ENTRY": "scripts/chat.py", **env}),  # another script is not checked
         capture_output=True,
         text=True,
     )
@@ -78,9 +78,7 @@ class TestDryRun:
         assert "--nodes=2" in command
         launch = " ".join(command[command.index("launch") :])
         assert "--config_file recipes/accelerate_configs/ddp.yaml --num_machines 2 --num_processes 16" in launch
-        assert launch.endswith(
-            "src/open_r1/sft.py --config recipes/demo/sft/config_arithmetic.yaml --learning_rate 1e-5"
-        )
+        assert launch.endswith("scripts/chat.py --config recipes/demo/sft/config_arithmetic.yaml --learning_rate 1e-5")
 
     def test_a_recipe_by_its_path_and_options_with_equals_signs(self):
         by_path = ["--recipe=recipes/demo/sft/config_arithmetic.yaml", "--accelerator=ddp"]
@@ -137,6 +135,20 @@ class TestDryRun:
         dependency = "--dependency=afterok:PREPARE_JOB"
         assert words(f"sbatch {train}") == ["sbatch", dependency, *options, "slurm/train.slurm", *asked]
 
+    def test_what_the_run_comes_to_is_planned_for_all_processes(self, tiny_model, chat_file, tmp_path):
+        argv = ["--recipe", tmp_path / "recipe.yaml", "--accelerator", "zero3", "--args", "--plan_gpu H100"]
+        asked = {"model_name_or_path": tiny_model, "dataset_name": chat_file, "output_dir": str(tmp_path / "out")}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**asked, "global_batch_size": 32, "max_length": 128}))
+        env = {"OPEN_R1_ENTRY": "src/open_r1/sft.py", "SLURM_NNODES": 2}
+        done = dry_run(*argv, **env, PROCESSES_PER_NODE=2)
+        assert done.returncode == 0, done.stderr
+        assert words(done.stdout)[0] == "srun"
+        assert re.search(r"processes +4\b", done.stderr)
+        assert not (tmp_path / "out").exists()
+        done = dry_run(*argv, **env, PROCESSES_PER_NODE=3)  # 32 rows are not dealt out to 6
+        assert (done.returncode, words(done.stdout)[0]) == (2, "srun")
+        assert "global_batch_size: 32 rows cannot be dealt out to 6 processes" in done.stderr
+
     def test_a_container_is_put_before_every_command(self, tmp_path):
         site = tmp_path / "site.sh"
         site.write_text('RUN_IN=(run "in it")\nSRUN_OPTIONS=(--container-image="an image")\n')
@@ -147,7 +159,7 @@ class TestDryRun:
         assert command[launch - 2 : launch + 2] == ["run", "in it", "accelerate", "launch"]
         start = command.index("bash")
         count = int(command[start + 5])
-        assert command[start + 6 + count] == "src/open_r1/sft.py"  # the node's rank goes before it
+        assert command[start + 6 + count] == "scripts/chat.py"  # the node's rank goes before it
 
     @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
     def test_shellcheck(self):
