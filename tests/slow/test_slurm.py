@@ -193,25 +193,21 @@ def sbatch(root, cluster, *argv, **env):
     return done.returncode, log.read_text()
 
 
-def test_two_nodes_train_as_one_process_does(tiny_model, chat_file, cluster, root):
-    common = {"model_name_or_path": tiny_model, "dataset_name": chat_file}
-    recipe = root / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({**common, "output_dir": str(root / "two")}))
-    argv = settings(max_steps=6, per_device_train_batch_size=2)
-    code, log = sbatch(
-        *(root, cluster, "--recipe", recipe, "--accelerator", "ddp", "--args", shlex.join(argv)), PROCESSES_PER_NODE=1
-    )
+@pytest.mark.parametrize("launch", ["ddp", "zero3"])
+def test_two_nodes_train_the_docstring_recipe_as_two_local_processes_do(launch, docstrings, cluster, root):
+    """Bit for bit. The `#SBATCH` lines, with --gres=gpu:8 and --exclusive, are taken as they are."""
+    argv = ["--use_cpu", "--disable_tqdm", "--per_device_train_batch_size", "4"]
+    argv += ["--model_name_or_path", docstrings / "model", "--dataset_name", docstrings / "docstrings.jsonl"]
+    asked = ["--model", "demo", "--task", "sft", "--config", "docstrings", "--accelerator", launch]
+    code, log = sbatch(root, cluster, *asked, "--", *argv, "--output_dir", root / "two", PROCESSES_PER_NODE=1)
     assert code == 0, log
     assert "ended with exit code 0" in log
-    subprocess.run(
-        [sys.executable, "src/open_r1/sft.py"]
-        + settings(**common, max_steps=6, per_device_train_batch_size=4, output_dir=root / "one"),
-        cwd=ROOT,
-        env=environment(),
-        check=True,
-    )
-    assert len(losses(root / "two")) == 6
-    assert losses(root / "two") == pytest.approx(losses(root / "one"), abs=1e-4)
+    command = ["accelerate", "launch", "--config_file", f"recipes/accelerate_configs/{launch}.yaml"]
+    command += ["--num_processes", 2, "--main_process_port", 0, "src/open_r1/sft.py"]
+    command += ["--config", "recipes/demo/sft/config_docstrings.yaml", *argv, "--output_dir", root / "local"]
+    subprocess.run(list(map(str, command)), cwd=ROOT, env=environment(), check=True)
+    assert losses(root / "two") == losses(root / "local")
+    assert len(losses(root / "two")) == 50
 
 
 STAND_IN = """
