@@ -182,7 +182,7 @@ def started(job):
 
 
 def preparing(job):
-    return "tokenised for the first time" in job.log
+    return any((job.root / "cache/open_r1").glob("*.partial-*"))
 
 
 def at(step):
@@ -256,7 +256,7 @@ def kill_node(node):
 
 
 def reboot_node(node):
-    """The same, back before Slurm has missed it."""
+    """The same, back before Slurm has missed it: to all that anybody sees, processes failed."""
 
     def act(job):
         for pid in list(processes_of(node)):
@@ -314,7 +314,13 @@ EVENTS = [
     Event("`scontrol requeue` while data is prepared", preparing, requeue, says="DUE TO JOB REQUEUE"),
     Event("`scontrol requeue` while a checkpoint is saved", saving, requeue, says="DUE TO JOB REQUEUE"),
     Event("second node killed, back after Slurm missed it", at(15), kill_node("n2"), says=""),
-    Event("second node killed, back at once", at(15), reboot_node("n2"), "zero3", says=""),
+    Event(
+        "all of the second node killed, and its `slurmd` back before anybody missed it",
+        *(at(15), reboot_node("n2"), "zero3"),
+        ends="FAILED",
+        restarts=0,
+        says="ended with exit code",
+    ),
     Event("first node killed", at(15), kill_node("n1"), says=""),
     Event("second node set down by an administrator", at(15), drop_node, says="DUE TO NODE FAILURE"),
     Event("`scontrol suspend`, then `resume`", at(5), suspend, restarts=0, says=""),
