@@ -91,6 +91,7 @@ def run(recipe: Recipe, stop: Stop) -> int:
     from open_r1.order import order_of
     from open_r1.preparation import prepare
     from open_r1.report import after_saving, end, summarize, train
+    from open_r1.trackers import name_run
     from open_r1.trainer import OrderedTrainer, tell_libraries, trainer_arguments
 
     script_args, training_args, model_args = build_configs(recipe)
@@ -113,11 +114,12 @@ def run(recipe: Recipe, stop: Stop) -> int:
     preflight.require(findings)
     facts = facts_of(settings, prepared, order, training_args, model_args)
     earlier = earlier_run(checkpoint, facts, order, training_args)
+    tracked = name_run(training_args, facts, earlier)
     if training_args.process_index == 0:
         ready_branch(training_args, resuming=bool(earlier))
         with room(Path(output_dir), "the run"):
             begins = {"status": "running", "reason": "", "global_step": earlier.get("step", 0), **holder()}
-            record(output_dir, **begins, **facts)
+            record(output_dir, **begins, **tracked, **facts)
             Path(output_dir, "recipe.yaml").write_text(written_out(recipe), encoding="utf-8")
             ledger.write(output_dir, {name: part.ledger for name, part in prepared.parts.items()})
     stop.begun = True

@@ -33,6 +33,7 @@ from open_r1.order import Order, cut_back, cut_back_order, line_of, require_rows
 from open_r1.resuming import OPTIMIZER, SCHEDULE
 from open_r1.run_state import record
 from open_r1.stopping import SIGNALS, Stop, shield
+from open_r1.trackers import purge_tensorboard, remember_mlflow
 
 if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
@@ -51,6 +52,8 @@ class Course(TrainerCallback):
         """Go on where the checkpoint was, and do what a log or an evaluation of its step still lacks."""
         trainer = self.trainer
         trainer.stop.waits = True
+        if state.is_world_process_zero:
+            remember_mlflow(args)
         state.compute_steps(args, state.max_steps)  # upstream keeps the checkpoint's logging, saving and eval steps
         trainer.settle_order()
         faults.watch(args.stall_timeout)
@@ -146,6 +149,7 @@ class OrderedTrainer(SFTTrainer):
         self.random = tempfile.TemporaryDirectory()
         self.caught_up = False
         self.add_callback(Course(self))
+        purge_tensorboard(self.callback_handler.callbacks, self.args.output_dir, earlier.get("step", 0))
 
     # Reading
 
