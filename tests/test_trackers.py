@@ -16,9 +16,9 @@ from open_r1.sft import main
 from open_r1.trackers import name_run, purge_tensorboard, remember_mlflow
 
 SETTINGS = {"learning_rate": 1e-4, "max_steps": 9, "report_to": ["wandb"]}
-# What transformers asks of wandb, writing down who initialises it as what. FAIL_AT breaks a run off at a step.
+# What transformers asks of wandb, writing down what it was told. FAIL_AT breaks a run off at a step.
 WANDB = """
-import json, os
+import json, os, time
 from types import SimpleNamespace
 
 run, define_metric, config = None, None, {}
@@ -35,6 +35,7 @@ class Config(dict):
 config = Config()
 def log(values):
     note(what="log", step=values["train/global_step"])
+    time.sleep(float(os.environ.get("PACE", "0")))
     if str(values["train/global_step"]) == os.environ.get("FAIL_AT"):
         raise RuntimeError("broken off")
 """
@@ -47,7 +48,8 @@ def write_wandb(folder):
     (folder / "wandb" / "__init__.py").write_text(WANDB)
     for path in (lib.parent, lib):
         (path / "__init__.py").touch()
-    (lib / "config_util.py").write_text("class ConfigError(Exception): pass\n")
+    told = 'from wandb import note\nnote(what="setup")\nclass ConfigError(Exception): pass\n'
+    (lib / "config_util.py").write_text(told)  # which every process imports when training begins
 
 
 def notes(path, what):

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, losses, settings
 from kill_harness import TOKEN, kill
+from test_trackers import notes, write_wandb
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 RECIPE = "recipes/demo/sft/config_docstrings.yaml"
@@ -108,6 +110,28 @@ def test_killed_and_started_again_it_is_the_same_run(config, packing, tiny_model
     assert (torn / "order.jsonl").read_text() == (tmp_path / "whole" / "order.jsonl").read_text()
     one, two = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "whole", torn))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_preempted_and_started_again_it_is_one_run_in_wandb(tiny_model, chat_file, tmp_path):
+    write_wandb(tmp_path)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    told = {**environment(), "PYTHONPATH": path, "NOTES": str(tmp_path / "notes"), "PACE": "0.2"}
+    data = {"model_name_or_path": tiny_model, "dataset_name": chat_file, "dataset_max_samples": 50}
+    words = command("ddp", settings(**data, output_dir=tmp_path / "run", max_steps=20, report_to="wandb"))
+    with subprocess.Popen(words, cwd=ROOT, env=told, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not ((tmp_path / "notes").exists() and notes(tmp_path / "notes", "log")[2:]):
+            time.sleep(0.02)
+        process.terminate()
+    assert json.loads((tmp_path / "run" / "run_state.json").read_text())["status"] == "preempted"
+    assert subprocess.run(words, cwd=ROOT, env=told, capture_output=True).returncode == 0
+    assert [note["RANK"] for note in notes(tmp_path / "notes", "init")] == ["0", "0"]
+    begun = notes(tmp_path / "notes", "setup")
+    assert sorted(note["RANK"] for note in begun) == ["0", "0", "1", "1"]
+    known = json.loads((tmp_path / "run" / "run_state.json").read_text())["run_id"]
+    assert {(note["WANDB_RUN_ID"], note["WANDB_RESUME"]) for note in begun} == {(known, "allow")}
+    steps = [note["step"] for note in notes(tmp_path / "notes", "log")]
+    assert sorted({*steps}) == [*range(1, 21)]
+    assert steps == sorted(steps)
 
 
 @pytest.mark.parametrize("config", [None, "zero3"])
