@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from open_r1.benchmarks import KNOWN, PATTERN
 from open_r1.configs import ModelConfig, ScriptArguments, SFTConfig
 
 SCHEMA = Path(__file__).parents[1] / "src" / "open_r1" / "schema.json"
@@ -30,6 +31,7 @@ NARROWED: dict[str, dict[str, Any]] = {
         "pattern": "^(" + "|".join(ATTENTION) + "|[^/ ]+/[^ ]+)$",
         "examples": [*ATTENTION, "owner/name of a hub kernel"],
     },
+    "benchmarks": {"items": {"type": "string", "pattern": PATTERN, "examples": KNOWN}},
     "report_to": {"items": {"type": "string", "enum": ["all", "none", *sorted(INTEGRATION_TO_CALLBACK)]}},
     "include_num_input_tokens_seen": {"enum": ["all", "non_padding", "no", True, False]},
 }

@@ -42,6 +42,7 @@ MISSPELT = {
     "on_bad_row: dropp": ("on_bad_row", "drop"),
     "report_to: wandb, tensorboard": ("report_to.0", "[wandb, tensorboard]"),
     "report_to: [wanbd]": ("report_to.0", "wandb"),
+    "benchmarks: [gpqa, math500]": ("benchmarks.1", "math_500"),
     "callbacks: [push_to_hub]": ("callbacks.0", "push_to_hub_revision"),
     "dataset_mapping: {promt: q, response: a}": ("dataset_mapping.promt", "prompt"),
     "lr_scheduler_kwargs: {num_cycle: 2}": ("lr_scheduler_kwargs.num_cycle", "num_cycles"),

@@ -138,6 +138,7 @@ overwrite_output_dir: true
 per_device_eval_batch_size: 1
 per_device_train_batch_size: 2
 push_to_hub: false
+benchmarks: [aime24, math_500, gpqa, lcb]
 report_to:
 - none
 save_strategy: epoch
@@ -187,7 +188,8 @@ no_cuda: true
 
 
 @pytest.mark.parametrize("kind", OF_THEIR_TIME)
-def test_a_recipe_of_its_time_is_read_checked_and_trains(kind, tiny_model, chat_file, tmp_path, capsys):
+def test_a_recipe_of_its_time_is_read_checked_and_trains(kind, tiny_model, chat_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     rows = Dataset.from_json(chat_file, cache_dir=str(tmp_path / "cache"))
     DatasetDict(train_sft=rows, test_sft=rows.select(range(20))).save_to_disk(tmp_path / "saved")
     data = tmp_path / "saved" if kind == "handbook" else chat_file
@@ -197,3 +199,5 @@ def test_a_recipe_of_its_time_is_read_checked_and_trains(kind, tiny_model, chat_
     assert "this recipe can be run" in capsys.readouterr().out
     assert main(["--config", str(tmp_path / "old.yaml")]) == 0
     assert len(losses(tmp_path / "run")) == 2
+    shown = f"slurm/evaluate.slurm --model {tmp_path}/run --benchmarks aime24 math_500 gpqa lcb"
+    assert (shown in capsys.readouterr().err) == (kind == "open-r1")

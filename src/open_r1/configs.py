@@ -366,7 +366,13 @@ class SFTConfig(trl.SFTConfig):
         default_factory=list,
         metadata={"help": "Callbacks to run while training.", "choices": ["push_to_hub_revision"]},
     )
-    benchmarks: list[str] = field(default_factory=list, metadata={"help": "Not available yet; refused when set."})
+    benchmarks: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Benchmarks of the saved model, by lighteval in a Slurm job behind this one; outside of Slurm the "
+            "command is printed: math_500, aime24, aime25, gpqa, lcb, lcb_v4, all, or a task as suite|task|few_shot.",
+        },
+    )
     hub_private_repo: bool | None = field(
         default=None,
         metadata={
@@ -435,8 +441,6 @@ class SFTConfig(trl.SFTConfig):
         if self.hub_private_repo is None:  # unset, upstream leaves it to the hub, which publishes
             self.hub_private_repo = True
         self._settle_precision()
-        if self.benchmarks:
-            raise ValueError(f"benchmarks {self.benchmarks} are not available yet; evaluate the saved model instead")
         if self.eval_packing and not self.packing:
             raise ValueError("eval_packing without packing would let documents see each other; set both, or neither")
         if self.packing and self.max_length is None:

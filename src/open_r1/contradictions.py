@@ -143,10 +143,6 @@ def of_model(recipe: "Recipe") -> Iterator[str]:
 def of_run(recipe: "Recipe") -> Iterator[str]:
     """What the run does, and how its learning rate goes."""
     values, origin = recipe.values, recipe.origin
-    if values.get("benchmarks"):
-        yield (
-            f"{origin['benchmarks']}: benchmarks are not available yet; remove the key and evaluate the saved model"
-        )
     if values.get("do_train") is False:
         yield f"{origin['do_train']}: do_train: false leaves nothing to do here; remove it"
     if values.get("ignore_bias_buffers"):

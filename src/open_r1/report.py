@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from trl import SFTTrainer
 
+from open_r1.benchmarks import submit
 from open_r1.card import write_manifest
 from open_r1.checkpoints import SAVING, flush, room, sync, write_whole
 from open_r1.errors import UserError
@@ -91,7 +92,7 @@ def save_model(trainer: SFTTrainer, out: Path) -> None:
 
 
 def after_saving(trainer: SFTTrainer, recipe: Recipe, prepared: "Prepared") -> list[str]:
-    """Evaluate, write manifest and card, verify what was saved, push: none can lose the model any more.
+    """Evaluate, write manifest and card, verify what was saved, push, submit: none can lose the model any more.
 
     Returns which of them failed; what is found wrong is still pushed.
     """
@@ -99,6 +100,7 @@ def after_saving(trainer: SFTTrainer, recipe: Recipe, prepared: "Prepared") -> l
     def evaluation() -> None:
         save_results(trainer, "eval", trainer.evaluate())
 
+    failed: list[str] = []
     steps: dict[str, Callable[[], Any]] = {"evaluation": evaluation} if prepared.eval is not None else {}
     if trainer.is_world_process_zero():
         steps["manifest"] = lambda: write_manifest(trainer, recipe, prepared)
@@ -106,7 +108,8 @@ def after_saving(trainer: SFTTrainer, recipe: Recipe, prepared: "Prepared") -> l
     steps["verification"] = lambda: verification(trainer, prepared.train.unpacked)
     if trainer.args.push_to_hub:
         steps["push"] = trainer.push_to_hub
-    failed = []
+    if trainer.is_world_process_zero() and trainer.args.benchmarks:
+        steps["benchmarks"] = lambda: failed or submit(trainer.args)  # such a job would not start behind a failed one
     for name, step in steps.items():
         try:
             step()
