@@ -1,7 +1,6 @@
 """From recipe to rows that the trainer takes as they are: load, draw, tokenise, select, pack; each row accounted for.
 
-One process prepares, under a file lock; the others find its tables. No rank waits inside a
-collective meanwhile.
+One process makes each table, the others find it (`cache.py`). No rank waits inside a collective meanwhile.
 """
 
 import hashlib
@@ -17,11 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
-from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from open_r1 import ledger
-from open_r1.cache import root
 from open_r1.data import Source, asks_nothing, excerpt_of, load_sources, places_of
 from open_r1.errors import UserError
 from open_r1.mixture import columns_of, draw, in_proportion, numbered, split
@@ -113,31 +110,30 @@ def prepare(
             "supervision: template needs {% generation %} blocks, and the chat template has none; leave it out"
         )
     args, mixture = training_args, script_args.dataset_mixture
-    with FileLock(lock_path(script_args)):
-        sources, held_out = load_sources(script_args, args.dataset_text_field, args.do_eval)
-        names = [source.name for source in sources]
-        order = draw([len(source.rows) for source in sources], script_args, names)
-        tables = tokenized(sources, order, tokenizer, args, args.packing)
-        halves = split(order, of_rows(tables, order, prompts), script_args)
-        train, test = halves["train"], halves.get("test")
-        others: list[Tokenized] = []
-        packing = args.packing if args.eval_packing is None else args.eval_packing
-        if args.do_eval and held_out:
-            test = concatenate_datasets([numbered(n, len(source.rows)) for n, source in enumerate(held_out)])
-            others = tokenized(held_out, test, tokenizer, args, packing)
-        elif args.do_eval:
-            alike = Supervision.of(args, packing) == Supervision.of(args, args.packing)
-            others = tables if alike else tokenized(sources, test, tokenizer, args, packing)
-        asked = of_rows(others, test, prompts)[of_rows(others, test, is_trained)] if others else []
-        if args.dedup:
-            tables = without_repeats(tables, train, np.isin(of_rows(tables, train, prompts), asked))
-        if mixture is not None and mixture.in_proportion:
-            train = in_proportion(train, amounts(tables, train, mixture.proportion_unit), mixture, names)
-        in_both = np.isin(of_rows(tables, train, prompts), asked) & of_rows(tables, train, is_trained)
-        prepared = Prepared(assemble("train", tables, train, args, args.packing, mixture))
-        prepared.train.ledger["asked_in_eval"] = int(in_both.sum())
-        if others:
-            prepared.eval = assemble("eval", others, test, args, packing)
+    sources, held_out = load_sources(script_args, args.dataset_text_field, args.do_eval)
+    names = [source.name for source in sources]
+    order = draw([len(source.rows) for source in sources], script_args, names)
+    tables = tokenized(sources, order, tokenizer, args, args.packing)
+    halves = split(order, of_rows(tables, order, prompts), script_args)
+    train, test = halves["train"], halves.get("test")
+    others: list[Tokenized] = []
+    packing = args.packing if args.eval_packing is None else args.eval_packing
+    if args.do_eval and held_out:
+        test = concatenate_datasets([numbered(n, len(source.rows)) for n, source in enumerate(held_out)])
+        others = tokenized(held_out, test, tokenizer, args, packing)
+    elif args.do_eval:
+        alike = Supervision.of(args, packing) == Supervision.of(args, args.packing)
+        others = tables if alike else tokenized(sources, test, tokenizer, args, packing)
+    asked = of_rows(others, test, prompts)[of_rows(others, test, is_trained)] if others else []
+    if args.dedup:
+        tables = without_repeats(tables, train, np.isin(of_rows(tables, train, prompts), asked))
+    if mixture is not None and mixture.in_proportion:
+        train = in_proportion(train, amounts(tables, train, mixture.proportion_unit), mixture, names)
+    in_both = np.isin(of_rows(tables, train, prompts), asked) & of_rows(tables, train, is_trained)
+    prepared = Prepared(assemble("train", tables, train, args, args.packing, mixture))
+    prepared.train.ledger["asked_in_eval"] = int(in_both.sum())
+    if others:
+        prepared.eval = assemble("eval", others, test, args, packing)
     if args.process_index == 0 and not (args.dry_run and Path(args.output_dir, RUN_STATE).exists()):  # a run's own
         write_rejected(args.output_dir, prepared)
     for part in prepared.parts.values():
@@ -145,11 +141,6 @@ def prepare(
     ledger.require_good_rows([part.ledger for part in prepared.parts.values()], args.max_bad_rows)
     ledger.require_answers(prepared.train.ledger, args.max_truncated_answers)
     return prepared
-
-
-def lock_path(script_args: "ScriptArguments") -> Path:
-    """One lock per data recipe, beside the cache it guards."""
-    return root() / f"{hashlib.sha256(repr(script_args).encode()).hexdigest()[:16]}.lock"
 
 
 def tokenized(

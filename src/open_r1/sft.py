@@ -20,6 +20,7 @@ if not __package__:  # run as a script: what stands beside it must not hide othe
 
 from open_r1.checkpoints import room
 from open_r1.errors import Stopped, UserError
+from open_r1.processes import heed_others, others_told, wait_for_all
 from open_r1.recipe import Recipe, load_recipe, set_environment, written_out
 from open_r1.resuming import checkpoint_of, earlier_run, facts_of, finished
 from open_r1.run_state import held, holder, record, record_end
@@ -38,13 +39,14 @@ def main(argv: list[str] | None = None) -> int:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     try:
-        recipe = load_recipe(sys.argv[1:] if argv is None else argv)
-        output_dir = recipe.values["output_dir"] = os.path.expanduser(recipe.values.get("output_dir", "data/sft"))
-        with heeded() as stop:
-            if recipe.values.get("dry_run") not in (None, False):
-                return run(recipe, stop)
-            with held(output_dir):
-                return begun(recipe, stop)
+        with others_told():
+            recipe = load_recipe(sys.argv[1:] if argv is None else argv)
+            output_dir = recipe.values["output_dir"] = os.path.expanduser(recipe.values.get("output_dir", "data/sft"))
+            with heeded() as stop:
+                if recipe.values.get("dry_run") not in (None, False):
+                    return run(recipe, stop)
+                with held(output_dir):
+                    return begun(recipe, stop)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"\n{error}", file=sys.stderr)
@@ -94,6 +96,7 @@ def run(recipe: Recipe, stop: Stop) -> int:
     from open_r1.trackers import name_run
     from open_r1.trainer import OrderedTrainer, tell_libraries, trainer_arguments
 
+    heed_others(stop, output_dir)
     script_args, training_args, model_args = build_configs(recipe)
     tell_libraries(training_args)
     if training_args.deepspeed_plugin is not None:
@@ -104,6 +107,7 @@ def run(recipe: Recipe, stop: Stop) -> int:
 
     tokenizer = get_tokenizer(model_args, training_args)
     prepared = prepare(script_args, training_args, tokenizer)
+    wait_for_all("the data")
     order = order_of(prepared.train, training_args)
 
     findings, plan = preflight.check(training_args, model_args, tokenizer, prepared)

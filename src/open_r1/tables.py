@@ -1,5 +1,6 @@
 """A name in a recipe -> the rows behind it, as they are stored: files, directories, `save_to_disk`, the hub."""
 
+import errno
 import glob
 import logging
 import os
@@ -13,7 +14,7 @@ from datasets import Dataset, DatasetBuilder, DatasetDict, ReadInstruction, conc
 from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.packaged_modules.json.json import JsonConfig
 
-from open_r1.cache import digest, file_digest, root
+from open_r1.cache import digest, file_digest, one_at_a_time, root
 from open_r1.errors import NoSplit, UserError
 from open_r1.records import records_of
 
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 LOADERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
 COMMIT = re.compile(r"hf://datasets/[^@]+@[0-9a-f]+")
 SETTINGS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # of a directory, on how its files are read
+UNWRITABLE = (errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip"}
 
 
@@ -93,7 +95,8 @@ def from_files(files: list[str], split: str, title: str) -> Table:
         splits_in(split, ["train"], title)
         return from_text(kind, {"train": files}, split, contents)
     kept = kept_at(contents)
-    return Table(datasets.load_dataset(kind, data_files={"train": files}, split=split, cache_dir=kept), contents)
+    builder = datasets.load_dataset_builder(kind, data_files={"train": files}, cache_dir=kept)
+    return Table(rows_of(builder, split, title), contents)
 
 
 def from_text(kind: str, splits: dict[str, list[str]], split: str, contents: dict[str, str]) -> Table:
@@ -131,18 +134,26 @@ def from_folder(name: str, config: str | None, split: str, data_files: list[str]
     if kind := kind_of(builder):
         return from_text(kind, splits, split, contents)
     builder = datasets.load_dataset_builder(name, config, data_files=data_files, cache_dir=kept_at(contents))
-    builder.download_and_prepare()
-    return Table(builder.as_dataset(split=split), contents)
+    return Table(rows_of(builder, split, title), contents)
 
 
 def from_hub(name: str, config: str | None, split: str, data_files: list[str] | None, revision: str | None) -> Table:
     """A hub dataset, also one that the library has prepared before and now finds without a network."""
     builder = datasets.load_dataset_builder(name, config, data_files=data_files, revision=revision)
-    builder.download_and_prepare()
-    rows = builder.as_dataset(split=split)
+    rows = rows_of(builder, split, source_name(name, config, split))
     files = [str(file) for part in (builder.config.data_files or {}).values() for file in part]
     address = COMMIT.match(files[0]) if files else None
     return Table(rows, {address[0] if address else name: rows._fingerprint})
+
+
+def rows_of(builder: DatasetBuilder, split: str, title: str) -> Dataset:
+    """A split as the library prepares it: by one process, the library's own lock waits without a word."""
+    if os.path.exists(builder.cache_dir):
+        builder.download_and_prepare()  # reads what it says of itself
+    else:
+        with one_at_a_time(root() / f"{digest(builder.cache_dir)}.lock", f"it downloads or converts {title}"):
+            builder.download_and_prepare()
+    return builder.as_dataset(split=split)
 
 
 def kind_of(builder: DatasetBuilder) -> str:
@@ -233,8 +244,15 @@ def refusal_of(error: Exception, title: str) -> UserError:
         return NoSplit(f"{title}: no split {unknown[1]}; it has {unknown[2]}")
     if "corresponds to no data" in text or "BatchSize must be greater than 0" in str(cause):
         return UserError(f"{title}: holds no rows")
+    if isinstance(cause, OSError) and cause.errno in UNWRITABLE and in_cache(cause.filename):
+        text += "; the datasets library writes and locks files in its cache even to read it: set HF_DATASETS_CACHE"
     because = "" if str(cause) in str(error) else f" ({' '.join(str(cause).split())})"
     return UserError(f"{title}: cannot be loaded: {text or type(error).__name__}{because}")
+
+
+def in_cache(file: str | None) -> bool:
+    """Whether the library's own files are meant; of one that cannot be locked it does not say which."""
+    return file is None or os.path.abspath(file).startswith(os.path.abspath(datasets.config.HF_DATASETS_CACHE))
 
 
 def local_files(name: str | None, data_files: list[str] | None = None) -> list[str]:

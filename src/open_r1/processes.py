@@ -1,0 +1,184 @@
+"""What the processes of a run on several machines tell each other outside of collectives: who is ready, who failed.
+
+A launcher ends the processes of its own machine when one of them fails. Those of other machines would wait for them,
+in the rendezvous or in a collective, as long as `ddp_timeout` says. So who fails says so in the launchers' store, to
+which all of them are connected (`MASTER_ADDR`); the first process of each machine reads it there and ends its machine.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import logging
+import os
+import platform
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from open_r1.errors import Stopped
+from open_r1.run_state import record_end
+from open_r1.stopping import AT_ONCE, EXIT_CODE, Preempted, Stop
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+logger = logging.getLogger(__name__)
+logger.setLevel(logging.INFO)  # what is said here is said on the first process of every machine
+PREFIX = f"open_r1/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+FAILED, ALIVE = f"{PREFIX}/failed", f"{PREFIX}/alive"
+POLL = 1.0  # seconds between two looks at the store
+SILENT, ABSENT = 600.0, 1800.0  # seconds without a sign of life of a machine; without the first one
+PATIENCE, AGAIN = 10.0, 300.0  # seconds of waiting until a process says so, and says so again
+SIOCGIFADDR = 0x8915  # of linux/sockios.h: the IPv4 address of an interface
+together = threading.Event()  # set when all processes are known to be ready to train
+hosts: dict[int, str] = {}  # of the other machines, by their rank
+heeded: Stop | None = None  # what signals do to this process
+
+
+def several_machines() -> bool:
+    """Whether launchers of torchrun's kind started this run on more than one machine."""
+    return (
+        int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    )
+
+
+def meet(seconds: float) -> "TCPStore":
+    """A connection of its own to the launchers' store: one that waits in C keeps others waiting. Raises `Stopped`."""
+    from torch.distributed import TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        timeout = datetime.timedelta(seconds=seconds)
+        return TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    except RuntimeError as error:
+        raise Stopped(gone()) from error
+
+
+def gone() -> str:
+    """What is known when the launchers' store does not answer."""
+    return (
+        f"the launcher of the first machine ({os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}) has ended "
+        "or cannot be reached; its output says why. Start all machines again"
+    )
+
+
+@contextlib.contextmanager
+def others_told() -> Iterator[None]:
+    """Tell the other machines of an error that ends this process, whatever it is and however early."""
+    try:
+        yield
+    except (Exception, Preempted) as error:
+        told = isinstance(error, Preempted)
+        agreed = told and together.is_set() and not (heeded and heeded.waits)  # all stop at the same step
+        if several_machines() and not agreed:
+            reason = str(error) if told or isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            who = f"process {os.environ['RANK']} on {platform.node()}"
+            with contextlib.suppress(Stopped, RuntimeError):  # then they find out by themselves
+                store = meet(5)
+                store.compare_set(FAILED, "", f"{'preempted' if told else 'failed'}\n{who}: {reason}")
+                time.sleep(2 * POLL)  # the store goes with its launcher, which goes with this process
+        raise
+
+
+def heed_others(stop: Stop, output_dir: str) -> None:
+    """End this process when another machine's ends, from now on. Raises `Stopped` when the first machine's has.
+
+    To be called before the process group is made, which waits for all processes too.
+    """
+    global heeded
+    if not several_machines():
+        return
+    heeded = stop
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := interface_to(os.environ["MASTER_ADDR"])):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface  # else gloo takes the one that the machine's own name stands for
+    if os.environ["LOCAL_RANK"] == "0":  # the launcher ends the others with it
+        store = meet(30)
+        threading.Thread(target=listen, args=(store, stop, output_dir), daemon=True, name="others").start()
+
+
+def listen(store: "TCPStore", stop: Stop, output_dir: str) -> None:
+    """Show that this machine is there, and look for those that failed or, until all are ready, are not heard of."""
+    me, machines = int(os.environ["GROUP_RANK"]), int(os.environ["GROUP_WORLD_SIZE"])
+    begun = time.monotonic()
+    signs: dict[int, tuple[str, float]] = {}
+    trained = False
+    while not stop.ended:
+        status, reason = "failed", ""
+        try:
+            if store.check([FAILED]):
+                status, _, reason = store.get(FAILED).decode().partition("\n")
+            elif not together.is_set():
+                now = time.monotonic()
+                store.set(f"{ALIVE}/{me}", f"{platform.node()} {now}")
+                for other in (other for other in range(machines) if other != me):
+                    sign = store.get(f"{ALIVE}/{other}").decode() if store.check([f"{ALIVE}/{other}"]) else ""
+                    if sign != signs.get(other, ("", 0))[0]:
+                        signs[other], hosts[other] = (sign, now), sign.split()[0]
+                    if now - signs.get(other, ("", begun))[1] > (SILENT if other in signs else ABSENT):
+                        name = f"machine {other}{f' ({hosts[other]})' if other in hosts else ''}"
+                        reason = f"{name} has given no sign of life for {SILENT if other in signs else ABSENT:.0f} s"
+        except RuntimeError:
+            if trained and not stop.waits:  # the first machine's launcher may end before others' have saved
+                return
+            reason = gone()
+        if reason:
+            time.sleep(AT_ONCE)  # who fails itself says why itself
+            if not stop.ended:
+                logger.error("%s", reason)
+                record_end(output_dir, status, reason, stop.begun)
+                os._exit(EXIT_CODE if status == "preempted" else 1)
+        trained = trained or stop.waits
+        time.sleep(POLL)
+
+
+def wait_for_all(what: str) -> None:
+    """Wait until all processes have come here, however long that takes, and say for whom.
+
+    Machines with file systems of their own prepare `what` for themselves, one perhaps for hours longer than another:
+    in a collective that would be an error. Raises `Stopped` when the first machine's launcher ends meanwhile.
+    """
+    processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if processes == 1:
+        return
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store, key = _get_default_store(), f"{PREFIX}/{what}"
+    since, patience = time.monotonic(), PATIENCE
+    try:
+        store.set(f"{key}/{rank}", "")
+        store.add(key, 1)
+        while store.add(key, 0) < processes:
+            time.sleep(0.1 if time.monotonic() - since < PATIENCE else POLL)
+            if time.monotonic() - since > patience:
+                patience += AGAIN
+                missing = [other for other in range(processes) if not store.check([f"{key}/{other}"])]
+                if missing and os.environ.get("LOCAL_RANK", "0") == "0":
+                    logger.info(
+                        "%s: ready, and waiting since %d s for %s", what, time.monotonic() - since, named(missing)
+                    )
+    except RuntimeError as error:
+        raise Stopped(gone()) from error
+    together.set()
+
+
+def named(ranks: list[int], most: int = 8) -> str:
+    """Processes by their ranks and, where known, machines."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    there = list(dict.fromkeys(hosts.get(rank // local, f"machine {rank // local}") for rank in ranks))
+    more = f" and {len(ranks) - most} more" if len(ranks) > most else ""
+    return f"process {', '.join(map(str, ranks[:most]))}{more} on {', '.join(there[:most])}"
+
+
+def interface_to(address: str) -> str | None:
+    """The network interface with the IPv4 address that this machine has towards `address`; None if none is found."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))  # sends nothing
+        mine = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # has no address
+                if fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))[20:24] == mine:
+                    return name
+    return None
