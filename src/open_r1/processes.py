@@ -30,6 +30,7 @@ logger.setLevel(logging.INFO)  # what is said here is said on the first process 
 PREFIX = f"open_r1/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 FAILED, ALIVE = f"{PREFIX}/failed", f"{PREFIX}/alive"
 POLL = 1.0  # seconds between two looks at the store
+REACHED = 15.0  # seconds within which the store answers: it was there before this process
 SILENT, ABSENT = 600.0, 1800.0  # seconds without a sign of life of a machine; without the first one
 PATIENCE, AGAIN = 10.0, 300.0  # seconds of waiting until a process says so, and says so again
 SIOCGIFADDR = 0x8915  # of linux/sockios.h: the IPv4 address of an interface
@@ -45,15 +46,16 @@ def several_machines() -> bool:
     )
 
 
-def meet(seconds: float) -> "TCPStore":
+def meet() -> "TCPStore":
     """A connection of its own to the launchers' store: one that waits in C keeps others waiting. Raises `Stopped`."""
     from torch.distributed import TCPStore
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        timeout = datetime.timedelta(seconds=seconds)
+        socket.create_connection((address, port), REACHED).close()  # C would try for long, and print its stack
+        timeout = datetime.timedelta(seconds=REACHED)
         return TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         raise Stopped(gone()) from error
 
 
@@ -77,7 +79,7 @@ def others_told() -> Iterator[None]:
             reason = str(error) if told or isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             who = f"process {os.environ['RANK']} on {platform.node()}"
             with contextlib.suppress(Stopped, RuntimeError):  # then they find out by themselves
-                store = meet(5)
+                store = meet()
                 store.compare_set(FAILED, "", f"{'preempted' if told else 'failed'}\n{who}: {reason}")
                 time.sleep(2 * POLL)  # the store goes with its launcher, which goes with this process
         raise
@@ -95,7 +97,7 @@ def heed_others(stop: Stop, output_dir: str) -> None:
     if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := interface_to(os.environ["MASTER_ADDR"])):
         os.environ["GLOO_SOCKET_IFNAME"] = interface  # else gloo takes the one that the machine's own name stands for
     if os.environ["LOCAL_RANK"] == "0":  # the launcher ends the others with it
-        store = meet(30)
+        store = meet()
         threading.Thread(target=listen, args=(store, stop, output_dir), daemon=True, name="others").start()
 
 
