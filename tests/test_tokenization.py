@@ -162,6 +162,23 @@ def test_a_bad_row_is_named(encode, rows, num_proc, tmp_path, tiny_model):
         prepare(ScriptArguments(dataset_name=path), arguments, tokenizer)
 
 
+@pytest.mark.parametrize(("cores", "used"), [({3}, None), ({3, 5}, 2)])
+def test_no_more_processes_than_cores_that_may_be_used(cores, used, tmp_path, tiny_model, monkeypatch):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": CHAT}] * 4)
+    arguments = SFTConfig(output_dir="unused", use_cpu=True, dataset_num_proc=12, max_length=60 + len(cores))
+    tokenizer = get_tokenizer(ModelConfig(model_name_or_path=tiny_model), arguments)
+    seen, mapped = [], Dataset.map
+
+    def spy(self, *args, **kwargs):
+        seen.append(kwargs["num_proc"])
+        return mapped(self, *args, **kwargs)
+
+    monkeypatch.setattr(Dataset, "map", spy)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: cores, raising=False)
+    prepare(ScriptArguments(dataset_name=path), arguments, tokenizer)
+    assert seen == [used]
+
+
 class TestPrepare:
     def arguments(self, **values):
         return SFTConfig(output_dir="unused", use_cpu=True, **{"max_length": 64, **values})

@@ -5,6 +5,7 @@ intermediate column is written.
 """
 
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -134,7 +135,12 @@ def not_utf8(source: Source, rows: np.ndarray) -> UserError:
 
 
 def write_table(chosen: Dataset, encode: Callable[..., pa.Table], size: int, num_proc: int | None, path: str) -> None:
-    """Tokenise `chosen`, `size` rows at once, into the arrow file `path` (several, numbered, with `num_proc`)."""
+    """Tokenise `chosen`, `size` rows at once, into the arrow file `path` (several, numbered, with `num_proc`).
+
+    No more processes than cores that this one may use: a scheduler's share of a machine can be small.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_proc = min(num_proc or 1, cores)
     if len(chosen) == 0:  # nothing of this source is held out, and `map` would write no file
         with pa.OSFile(path, "wb") as target, pa.ipc.new_stream(target, SCHEMA):
             return
@@ -145,7 +151,7 @@ def write_table(chosen: Dataset, encode: Callable[..., pa.Table], size: int, num
         with_indices=True,
         remove_columns=chosen.column_names,
         features=FEATURES,
-        num_proc=num_proc if num_proc and num_proc > 1 else None,  # a pool of one costs more than it brings
+        num_proc=num_proc if num_proc > 1 else None,  # a pool of one costs more than it brings
         cache_file_name=path,
         # Else all that `encode` holds would be pickled to name the result, and the name is written into the file.
         new_fingerprint="tokens",

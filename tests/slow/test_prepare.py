@@ -123,3 +123,51 @@ def test_a_gigabyte_of_rows_is_prepared_and_packed_in_two(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"  {count:,}  " in done.stderr  # the ledger's rows
     assert len(list((tmp_path / "cache" / "open_r1").glob("*/key.json"))) == 6
+
+
+def mounted(cache, options, argv):
+    """Exit code and output of a preparation into a cache on a mount of its own."""
+    mount = f'mount {options} "$0" && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", mount, str(cache), sys.executable, "scripts/prepare.py"]
+    done = subprocess.run(
+        [*command, *map(str, argv)],
+        cwd=ROOT,
+        env=environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if "mount" in done.stdout and done.returncode in (1, 32):
+        pytest.skip(f"nothing can be mounted here: {done.stdout}")
+    return done.returncode, done.stdout
+
+
+def test_a_cache_that_can_only_be_read_is_read(tiny_model, rows, tmp_path):
+    read_only = '--bind -o ro "$0"'
+    cache, argv = tmp_path / "cache", arguments(tiny_model, rows)
+    finish(start(cache, argv))
+    whole = tables(cache)
+    code, output = mounted(cache, read_only, argv)
+    assert code == 0, output
+    assert "preparing" not in output
+    code, output = mounted(cache, read_only, [*argv, "--max_length", "99"])
+    assert (code, "prepared data cannot be kept there: [Errno 30] Read-only file system" in output) == (2, True)
+    assert "set HF_DATASETS_CACHE" in output
+    assert tables(cache) == whole
+
+
+def test_a_cache_without_room_is_named(tiny_model, rows, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    code, output = mounted(cache, "-t tmpfs -o size=400k tmpfs", arguments(tiny_model, rows))
+    assert (code, "No space left on device" in output, "set HF_DATASETS_CACHE" in output) == (2, True, True), output
+
+
+def test_parquet_in_a_cache_that_can_only_be_read_is_refused_with_the_reason(tiny_model, conversations, tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_list(conversations).to_parquet(tmp_path / "rows.parquet")
+    cache, argv = tmp_path / "cache", arguments(tiny_model, tmp_path / "rows.parquet")
+    finish(start(cache, argv))
+    code, output = mounted(cache, '--bind -o ro "$0"', argv)
+    assert (code, "writes and locks files in its cache even to read it: set HF_DATASETS_CACHE" in output) == (2, True)

@@ -1,0 +1,177 @@
+"""Processes of several machines: who fails tells the others, who waits says for whom, who is silent is missed."""
+
+import os
+import socket
+import threading
+import time
+
+import pytest
+from torch.distributed import TCPStore
+
+from open_r1 import processes
+from open_r1.errors import Stopped, UserError
+from open_r1.stopping import Preempted, Stop
+
+
+@pytest.fixture
+def two_machines(monkeypatch):
+    """This process is the first of the second of two machines; returns their launchers' store."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    facts = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    facts |= {
+        "GROUP_RANK": 1,
+        "GROUP_WORLD_SIZE": 2,
+        "LOCAL_RANK": 0,
+        "LOCAL_WORLD_SIZE": 2,
+        "RANK": 2,
+        "WORLD_SIZE": 4,
+    }
+    for name, value in facts.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(processes, "POLL", 0.02)
+    monkeypatch.setattr(processes, "AT_ONCE", 0.05)
+    monkeypatch.setattr(processes, "together", threading.Event())
+    monkeypatch.setattr(processes, "hosts", {})
+    monkeypatch.setattr(processes, "heeded", None)
+    return store
+
+
+class Left(BaseException):
+    """`os._exit` was called."""
+
+
+def listened(stop, monkeypatch, caplog, output_dir):
+    """The exit code that `listen` ends the process with, None where it returns; and what it logs."""
+
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    try:
+        processes.listen(processes.meet(), stop, str(output_dir))
+    except Left as left:
+        return left.args[0], caplog.text
+    return None, caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (UserError("r.yaml:3: learning_rat is not a setting"), "failed\n{}: r.yaml:3: learning_rat is not a setting"),
+        (RuntimeError("out of memory"), "failed\n{}: RuntimeError: out of memory"),
+        (Preempted("SIGTERM"), "preempted\n{}: SIGTERM"),
+    ],
+)
+def test_who_fails_tells_the_others_which_end(error, text, two_machines, monkeypatch, caplog, tmp_path):
+    with pytest.raises(type(error)), processes.others_told():
+        raise error
+    who = f"process 2 on {os.uname().nodename}"
+    assert two_machines.get(processes.FAILED).decode() == text.format(who)
+    with pytest.raises(ValueError), processes.others_told():
+        raise ValueError("a later one, because of the first")
+    code, said = listened(Stop(), monkeypatch, caplog, tmp_path)
+    assert code == (75 if isinstance(error, Preempted) else 1)
+    assert text.format(who).partition("\n")[2] in said
+    assert "a later one" not in said
+
+
+def test_who_ends_by_itself_is_not_ended(two_machines, monkeypatch, caplog, tmp_path):
+    two_machines.set(processes.FAILED, "failed\nanother")
+    stop = Stop()
+    monkeypatch.setattr(processes, "AT_ONCE", 0.3)
+    threading.Timer(0.1, setattr, (stop, "ended", True)).start()
+    assert listened(stop, monkeypatch, caplog, tmp_path) == (None, "")
+
+
+def test_a_stop_that_all_agreed_on_is_no_news(two_machines):
+    processes.together.set()
+    with pytest.raises(Preempted), processes.others_told():
+        raise Preempted("SIGTERM, saved as checkpoint-3")
+    assert not two_machines.check([processes.FAILED])
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_machine_that_is_not_heard_of_is_missed(seen, two_machines, monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(processes, "SILENT", 0.5)
+    monkeypatch.setattr(processes, "ABSENT", 0.8)
+    if seen:
+        beats = iter(range(10))
+        for number in beats:
+            threading.Timer(number / 10, two_machines.set, (f"{processes.ALIVE}/0", f"node-a {number}")).start()
+    begun = time.monotonic()
+    code, said = listened(Stop(), monkeypatch, caplog, tmp_path)
+    assert code == 1
+    assert ("machine 0 (node-a) has given no sign of life for 0 s" if seen else "machine 0 has given no sign") in said
+    assert time.monotonic() - begun > (1.3 if seen else 0.8)
+
+
+@pytest.mark.parametrize("when", ["before", "in training", "after"])
+def test_without_the_first_launcher_nothing_goes_on_but_saving(when, two_machines, monkeypatch, caplog, tmp_path):
+    class Gone:
+        looks = 0
+
+        def check(self, names):
+            self.looks += 1
+            if self.looks == 1 and when != "before":
+                return False
+            stop.waits = when == "in training"
+            raise RuntimeError("connection closed")
+
+    stop = Stop()
+    stop.waits = when != "before"
+    if when != "before":
+        processes.together.set()
+    monkeypatch.setattr(processes, "meet", Gone)
+    code, said = listened(stop, monkeypatch, caplog, tmp_path)
+    assert (code, "the launcher of the first machine" in said) == ((None, False) if when == "after" else (1, True))
+
+
+def test_a_store_that_does_not_answer_is_an_error_at_once(two_machines, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    begun = time.monotonic()
+    with pytest.raises(Stopped, match=r"launcher of the first machine \(127.0.0.1, port \d+\) has ended or cannot"):
+        processes.heed_others(Stop(), "out")
+    assert time.monotonic() - begun < 2
+
+
+def test_who_waits_says_for_whom(two_machines, monkeypatch, caplog):
+    """Three of four are there; the fourth comes."""
+    monkeypatch.setattr(processes, "PATIENCE", 0.2)
+    monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: two_machines)
+    key = f"{processes.PREFIX}/the data"
+    for rank in (0, 3):
+        two_machines.set(f"{key}/{rank}", "")
+        two_machines.add(key, 1)
+    processes.hosts[0] = "node-a"
+    threading.Timer(0.8, two_machines.add, (key, 1)).start()
+    begun = time.monotonic()
+    processes.wait_for_all("the data")
+    assert time.monotonic() - begun > 0.7
+    assert "the data: ready, and waiting since 0 s for process 1 on node-a" in caplog.text
+    assert processes.together.is_set()
+
+
+def test_one_machine_needs_none_of_it(monkeypatch):
+    for name in ("GROUP_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    processes.wait_for_all("the data")
+    processes.heed_others(Stop(), "out")
+    with pytest.raises(UserError), processes.others_told():
+        raise UserError("as ever")
+
+
+def test_the_interface_towards_the_first_machine(two_machines, monkeypatch):
+    assert processes.interface_to("127.0.0.1") == "lo"
+    assert processes.interface_to("no such host") is None
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    stop = Stop()
+    processes.heed_others(stop, "out")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    stop.ended = True
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    processes.heed_others(Stop(), "out")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
