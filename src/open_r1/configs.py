@@ -450,11 +450,6 @@ class SFTConfig(trl.SFTConfig):
             each = self.per_device_train_batch_size
             self.gradient_accumulation_steps = accumulation_steps(self.global_batch_size, each, processes)
         super().__post_init__()
-        if self.n_gpu > 1:
-            raise ValueError(
-                f"one process was started for {self.n_gpu} GPUs; start one for each with "
-                "accelerate launch, or choose a GPU with CUDA_VISIBLE_DEVICES"
-            )
 
     @property
     def processes(self) -> int:

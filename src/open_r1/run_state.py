@@ -17,6 +17,7 @@ from typing import Any
 
 from open_r1.checkpoints import room, write_whole
 from open_r1.errors import UserError
+from open_r1.launch import refused
 
 logger = logging.getLogger(__name__)
 RUN_STATE = "run_state.json"
@@ -48,6 +49,8 @@ def record_end(output_dir: str, status: str, reason: str, begun: bool = True) ->
     One that ended before it had `begun` to train speaks of a run that is not finished, whose state says how the start
     before it ended; a wrapper that goes by that would start it for ever.
     """
+    if status == "preempted" and (problem := refused()):  # the signal came from a launcher that ends the others
+        status, reason = "failed", problem
     before = read_state(output_dir).get("status")
     rank, processes = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if begun and before != "running":

@@ -20,6 +20,7 @@ if not __package__:  # run as a script: what stands beside it must not hide othe
 
 from open_r1.checkpoints import room
 from open_r1.errors import Stopped, UserError
+from open_r1.launch import announce, refused, require_launched, require_one_run, require_world
 from open_r1.processes import heed_others, others_told, wait_for_all
 from open_r1.recipe import Recipe, load_recipe, set_environment, written_out
 from open_r1.resuming import checkpoint_of, earlier_run, facts_of, finished
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with others_told():
             recipe = load_recipe(sys.argv[1:] if argv is None else argv)
+            require_launched(recipe)
             output_dir = recipe.values["output_dir"] = os.path.expanduser(recipe.values.get("output_dir", "data/sft"))
             with heeded() as stop:
                 if recipe.values.get("dry_run") not in (None, False):
@@ -48,11 +50,12 @@ def main(argv: list[str] | None = None) -> int:
                 with held(output_dir):
                     return begun(recipe, stop)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if announce(str(error)):
             print(f"\n{error}", file=sys.stderr)
         return 1 if isinstance(error, Stopped) else 2
     except Preempted as signal:
-        logger.warning("stopped: %s; the same command goes on", signal)
+        if not refused():
+            logger.warning("stopped: %s; the same command goes on", signal)
         return EXIT_CODE
 
 
@@ -69,9 +72,7 @@ def begun(recipe: Recipe, stop: Stop) -> int:
         stop.ended = stop.leaving = True  # the launcher's signals to those that are left must not cut this short
         told = isinstance(error, Preempted)
         reason = str(error) if told or isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        spoke = record_end(output_dir, "preempted" if told else "failed", reason, stop.begun)
-        if spoke and isinstance(error, UserError) and os.environ.get("LOCAL_RANK", "0") != "0":
-            print(f"\nprocess {os.environ['RANK']}: {error}", file=sys.stderr)  # main leaves it to the first to speak
+        record_end(output_dir, "preempted" if told else "failed", reason, stop.begun)
         raise
 
 
@@ -117,6 +118,7 @@ def run(recipe: Recipe, stop: Stop) -> int:
         )
     preflight.require(findings)
     facts = facts_of(settings, prepared, order, training_args, model_args)
+    require_one_run(facts, training_args)
     earlier = earlier_run(checkpoint, facts, order, training_args)
     tracked = name_run(training_args, facts, earlier)
     if training_args.process_index == 0:
@@ -165,12 +167,7 @@ def build_configs(recipe: Recipe) -> "tuple[ScriptArguments, SFTConfig, ModelCon
         )
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"this recipe cannot be run: {error}") from error
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if training_args.world_size != launched:
-        raise UserError(
-            f"{launched} processes were launched, but each would train alone: no GPU is found for them; on a machine "
-            "without GPUs add --use_cpu, else check the driver and CUDA_VISIBLE_DEVICES"
-        )
+    require_world(training_args)
     return script_args, training_args, model_args
 
 

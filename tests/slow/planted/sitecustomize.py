@@ -91,7 +91,20 @@ def plant_in_model(module):
     module.nn.Embedding.forward = forward
 
 
+def plant_in_state(module):
+    """accelerate takes FSDP for GPUs alone; torch's fully_shard works on CPU and gloo, too."""
+    start = module.PartialState.__init__
+
+    def begin(state, *args, **kwargs):
+        start(state, *args, **kwargs)
+        if planted("fsdp on cpu") and state.distributed_type == module.DistributedType.MULTI_CPU:
+            module.PartialState._shared_state["distributed_type"] = module.DistributedType.MULTI_GPU
+
+    module.PartialState.__init__ = begin
+
+
 PLANT = {
+    "accelerate.state": plant_in_state,
     "open_r1.trainer": plant_in_trainer,
     "open_r1.checkpoints": lambda module: before(module, "require_room", lambda out, name: fill("full at save", out)),
     "open_r1.report": lambda module: before(module, "save_model", lambda trainer, out: fill("full at end", out)),
