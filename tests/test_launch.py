@@ -9,7 +9,6 @@ import torch.distributed as dist
 
 from open_r1 import launch
 from open_r1.errors import UserError
-from open_r1.recipe import Recipe
 
 LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", *launch.TASKS)
 
@@ -26,10 +25,6 @@ def environment(monkeypatch):
             monkeypatch.setenv(name, value)
 
     return of
-
-
-def launched(**values):
-    launch.require_launched(Recipe(values, dict.fromkeys(values, "recipe.yaml:1"), []))
 
 
 TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
@@ -54,7 +49,7 @@ TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
 def test_wrong_launches(environment, variables, says):
     environment(**variables)
     with pytest.raises(UserError, match=says):
-        launched()
+        launch.require_launched()
 
 
 @pytest.mark.parametrize(
@@ -75,31 +70,17 @@ def test_wrong_launches(environment, variables, says):
 )
 def test_right_launches(environment, variables):
     environment(**variables)
-    launched()
+    launch.require_launched()
 
 
 def test_a_port_that_was_there_before_accelerate_is_none_of_its(environment, monkeypatch):
     environment(ACCELERATE_USE_CPU="False", MASTER_PORT="6000")
     monkeypatch.setattr(launch, "environment_of_parent", lambda: ["PATH", "MASTER_PORT"])
-    launched()
+    launch.require_launched()
 
 
 def test_the_parent_s_environment_can_be_read():
     assert set(launch.environment_of_parent()) & {"PATH", "HOME", "PWD"} or not os.path.exists("/proc/self/environ")
-
-
-@pytest.mark.parametrize(
-    ("values", "says"),
-    [
-        ({"fsdp": "full_shard"}, "recipe.yaml:1: fsdp: .*fsdp2.yaml"),
-        ({"fsdp_config": {"version": 2}}, "recipe.yaml:1: fsdp_config: .*fsdp2.yaml"),
-        ({"deepspeed": "ds.json"}, "recipe.yaml:1: deepspeed: .*zero3.yaml .deepspeed_config_file"),
-        ({"model_init_kwargs": {"tp_plan": "auto"}}, "model_init_kwargs.tp_plan: tensor parallelism is not supported"),
-    ],
-)
-def test_a_recipe_does_not_say_how_it_is_spread(environment, values, says):
-    with pytest.raises(UserError, match=says):
-        launched(**values)
 
 
 def args(deepspeed=None, kind="NO", **values):

@@ -19,7 +19,7 @@ def test_no_recipe_is_missed():
     assert len(RECIPES) == 9
     launch_configs = list((ROOT / "recipes" / "accelerate_configs").glob("*.yaml"))
     assert len(list((ROOT / "recipes").rglob("*.yaml"))) == len(RECIPES) + len(launch_configs)
-    assert {path.stem for path in launch_configs} == {"ddp", "zero2", "zero3", "fsdp2"}
+    assert {path.stem for path in launch_configs} == {"ddp", "zero2", "zero3", "zero3_offload", "fsdp2"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)

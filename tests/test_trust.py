@@ -493,35 +493,23 @@ class TestUploads:
 class TestPaths:
     """A recipe writes into output_dir."""
 
-    OUTSIDE = {
-        "tensorboard: {enabled: true, output_path: OUT}": "deepspeed.tensorboard writes where it likes",
-        "csv_monitor: {enabled: true, output_path: /tmp/x}": "deepspeed.csv_monitor writes where it likes",
-        "flops_profiler: {enabled: true, output_file: /tmp/x}": "flops_profiler.output_file: /tmp/x is outside",
-        "flops_profiler: {output_file: OUT/../../x}": "deepspeed.flops_profiler.output_file",
-        "zero_optimization: {offload_param: {device: nvme, nvme_path: /nvme}}": "nvme_path: /nvme is outside",
-        "autotuning: {results_dir: /tmp/x}": "deepspeed.autotuning.results_dir",
-        "nebula: {persistent_storage_path: /tmp/x}": "deepspeed.nebula.persistent_storage_path",
-    }
+    @pytest.mark.parametrize(
+        ("text", "config"),
+        [
+            ("deepspeed: {tensorboard: {enabled: true, output_path: /tmp/x}}", "zero3"),
+            ("deepspeed: eyJ6ZXJvX29wdGltaXphdGlvbiI6IHt9fQ==", "zero3"),  # DeepSpeed takes it for one in base64
+            ("fsdp: full_shard", "fsdp2"),
+            ("fsdp_config: {version: 2}", "fsdp2"),
+        ],
+    )
+    def test_what_deepspeed_and_fsdp_do_is_not_the_recipe_s_to_say(self, text, config):
+        found = refusal(text)
+        assert f"{text.partition(':')[0]}: how a run is spread over devices is said in the launch config" in found
+        assert f"recipes/accelerate_configs/{config}.yaml" in found
 
-    @pytest.mark.parametrize("as_file", [False, True], ids=["in the recipe", "in a file"])
-    @pytest.mark.parametrize(("text", "said"), OUTSIDE.items())
-    def test_a_deepspeed_config_cannot_name_another_place(self, tmp_path, text, said, as_file):
-        import yaml
-
-        text = f"deepspeed: {{{text.replace('OUT', str(tmp_path / 'run'))}}}"
-        if as_file:
-            (tmp_path / "ds.json").write_text(json.dumps(yaml.safe_load(text)["deepspeed"]))
-            text = f"deepspeed: {tmp_path / 'ds.json'}"
-        assert said in refusal(f"{text}\noutput_dir: {tmp_path / 'run'}", tmp_path)
-
-    def test_places_inside_and_what_names_none_are_fine(self, tmp_path):
-        out = tmp_path / "run"
-        inside = f"flops_profiler: {{output_file: {out}/flops.txt}}, tensorboard: {{enabled: false}}"
-        assert refusal(f"deepspeed: {{{inside}, zero_optimization: {{stage: 2}}}}\noutput_dir: {out}", tmp_path) == ""
-
-    def test_a_text_that_is_no_file_is_refused(self):
-        """DeepSpeed takes it for a config in base64."""
-        assert "no DeepSpeed config that can be read" in refusal("deepspeed: eyJ6ZXJvX29wdGltaXphdGlvbiI6IHt9fQ==")
+    @pytest.mark.parametrize("name", ["tp_plan", "tp_size", "distributed_config"])
+    def test_nor_how_processes_share_rows(self, name):
+        assert f"model_init_kwargs.{name} cannot be set" in refusal(f"model_init_kwargs: {{{name}: auto}}")
 
     @pytest.mark.parametrize("name", ["cache_dir", "offload_folder"])
     def test_nor_can_what_loads_the_model(self, name):

@@ -1,13 +1,10 @@
 """Settings that are each fine and cannot be meant together, or that are missing; and what none of them may do.
 
-That is: hold secrets, write outside of output_dir, or let code in past `trust_remote_code`.
+That is: hold secrets, say what the launch config says, or let code in past `trust_remote_code`.
 """
 
-import json
 import os
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from open_r1.schema import SCHEMA, looks_secret, meant, texts_in
@@ -25,14 +22,13 @@ NOT_INIT = {
     "adapter_kwargs": "name the adapter's directory in model_name_or_path",
     "cache_dir": "set HF_HOME in the environment",
     "offload_folder": "a model that is offloaded to disk cannot be trained",
+    **dict.fromkeys(("tp_plan", "tp_size", "distributed_config"), "processes that share rows are not supported"),
 }
-MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")  # of DeepSpeed
-NAMES_A_PATH = re.compile(r"(^|_)(path|dir|file|folder)$")
 
 
 def contradictions(recipe: "Recipe") -> list[str]:
     """What is wrong with the settings of a recipe taken together; what is only odd goes into its notes."""
-    finders = (secrets, code, paths, of_data, of_model, of_run, of_going_on, of_batches)
+    finders = (secrets, code, devices, of_data, of_model, of_run, of_going_on, of_batches)
     return [text for find in finders for text in find(recipe)]
 
 
@@ -60,25 +56,14 @@ def code(recipe: "Recipe") -> Iterator[str]:
         )
 
 
-def paths(recipe: "Recipe") -> Iterator[str]:
-    """Places outside of output_dir that a DeepSpeed config would have written to."""
-    given, where = recipe.values.get("deepspeed"), recipe.origin.get("deepspeed")
-    if isinstance(given, str):
-        try:
-            given = json.loads(Path(given).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            yield f"{where}: deepspeed: {given}: no DeepSpeed config that can be read: {error}"
-    if not isinstance(given, dict):
-        return
-    for name in MONITORS:
-        if isinstance(given.get(name), dict) and given[name].get("enabled"):
-            yield f"{where}: deepspeed.{name} writes where it likes; leave it out and set report_to"
-    out = Path(str(recipe.values.get("output_dir") or "data/sft")).resolve()
-    for name, value in texts_in("deepspeed", given):
-        if NAMES_A_PATH.search(name.rpartition(".")[2]) and not Path(value).resolve().is_relative_to(out):
+def devices(recipe: "Recipe") -> Iterator[str]:
+    """How a run is spread over devices, which the launch config says, and says alone."""
+    for key, config in (("deepspeed", "zero3"), ("fsdp", "fsdp2"), ("fsdp_config", "fsdp2")):
+        if recipe.values.get(key):
+            file = " (deepspeed_config_file there can name a file)" if key == "deepspeed" else ""
             yield (
-                f"{where}: {name}: {value} is outside of output_dir, where a recipe does not write; move it there, or "
-                "say it in the launch config"
+                f"{recipe.origin[key]}: {key}: how a run is spread over devices is said in the launch config alone; "
+                f"take it out and launch with --config_file recipes/accelerate_configs/{config}.yaml{file}"
             )
 
 

@@ -22,7 +22,6 @@ from open_r1.schema import show
 
 if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
-    from open_r1.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 # Where a starter says how many tasks it started, none of which knows of the others unless a launcher told it.
@@ -39,9 +38,9 @@ OURS = "open_r1/"  # how keys begin in the store that the processes meet at
 COMPARED = ("data", "evaluated", "order", "rows_a_step", "launch", "precision", "base", "config_files", "versions")
 
 
-def require_launched(recipe: "Recipe") -> None:
+def require_launched() -> None:
     """Refuse what the environment tells is no run that several processes train together. Raises `UserError`."""
-    said, values = os.environ, recipe.values
+    said = os.environ
     if "WORLD_SIZE" not in said:
         require_meant_alone()
     elif said["WORLD_SIZE"] != "1" and "LOCAL_RANK" not in said:
@@ -61,7 +60,6 @@ def require_launched(recipe: "Recipe") -> None:
     for size, name in SHARED.items():
         if (number := said.get(f"PARALLELISM_CONFIG_{size}", "1")) != "1":
             raise UserError(f"the launch config says parallelism_config_{size.lower()}: {number}: {name} {SAME_ROWS}")
-    require_one_owner(values, recipe.origin)
 
 
 def require_meant_alone() -> None:
@@ -89,21 +87,6 @@ def environment_of_parent() -> list[str]:
     except OSError:
         return []
     return [os.fsdecode(pair.partition(b"=")[0]) for pair in pairs]
-
-
-def require_one_owner(values: dict[str, Any], origin: dict[str, str]) -> None:
-    """Refuse a recipe that says how a run is spread over devices, which the launch config does."""
-    for key, config in (("fsdp", "fsdp2"), ("fsdp_config", "fsdp2"), ("deepspeed", "zero3")):
-        if values.get(key):
-            file = " (deepspeed_config_file there can name a file)" if key == "deepspeed" else ""
-            raise UserError(
-                f"{origin[key]}: {key}: how a run is spread over devices is said in the launch config alone; take it "
-                f"out and launch with --config_file recipes/accelerate_configs/{config}.yaml{file}"
-            )
-    given = values.get("model_init_kwargs")
-    for name in ("tp_plan", "tp_size", "distributed_config"):
-        if isinstance(given, dict) and given.get(name):
-            raise UserError(f"{origin['model_init_kwargs']}: model_init_kwargs.{name}: tensor parallelism {SAME_ROWS}")
 
 
 def require_world(args: "SFTConfig") -> None:

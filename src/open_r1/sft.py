@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with others_told():
             recipe = load_recipe(sys.argv[1:] if argv is None else argv)
-            require_launched(recipe)
+            require_launched()
             output_dir = recipe.values["output_dir"] = os.path.expanduser(recipe.values.get("output_dir", "data/sft"))
             with heeded() as stop:
                 if recipe.values.get("dry_run") not in (None, False):
