@@ -112,6 +112,7 @@ def zero(stage=2, **values):
     sharded = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": stage == 3}
     sharded |= values.pop("sharded", {})
     said = {"bf16": {"enabled": True}, "fp16": {"enabled": False}, "gradient_accumulation_steps": "auto"}
+    said["gradient_clipping"] = "auto"
     return {"zero_optimization": sharded, "train_batch_size": "auto", **said, **values}
 
 
@@ -136,6 +137,14 @@ OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
 )
 def test_a_deepspeed_config_that_says_another_thing(config, says):
     with pytest.raises(UserError, match=says):
+        launch.require_world(args(config))
+
+
+def test_a_deepspeed_config_file_that_clips_nothing():
+    config = zero()
+    del config["gradient_clipping"]
+    launch.require_world(args(config, max_grad_norm=0.0))
+    with pytest.raises(UserError, match="does not say gradient_clipping, so nothing would be clipped"):
         launch.require_world(args(config))
 
 

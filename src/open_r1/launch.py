@@ -130,9 +130,11 @@ def require_deepspeed(args: "SFTConfig", plugin: Any) -> None:
         if found not in ("auto", wanted):
             name = f"{key}.enabled" if key in ("bf16", "fp16") else key
             raise UserError(
-                f"{where} says {name}: {show(found)}, and the recipe comes to {show(wanted)}; take it out of the "
-                "launch config, where what is not said follows the recipe"
+                f"{where} says {name}: {show(found)}, and the recipe comes to {show(wanted)}; say auto there, or take "
+                "it out of a launch config that names no deepspeed_config_file, and it follows the recipe"
             )
+    if "gradient_clipping" not in config and args.max_grad_norm:
+        raise UserError(f"{where} does not say gradient_clipping, so nothing would be clipped; add auto there")
     for key in ("optimizer", "scheduler"):
         if key in config:
             raise UserError(f"{where} has {key}, which is the recipe's (optim, lr_scheduler_type); take it out")
@@ -152,7 +154,8 @@ def require_deepspeed(args: "SFTConfig", plugin: Any) -> None:
     if plugin.zero_stage == 3 and not config["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save"):
         raise UserError(
             "the launch config says zero_stage: 3 without zero3_save_16bit_model: true: the weights would be saved in "
-            "pieces that from_pretrained does not load; add it"
+            "pieces that from_pretrained does not load; add it (in a DeepSpeed config file: "
+            "stage3_gather_16bit_weights_on_model_save)"
         )
 
 
