@@ -368,6 +368,9 @@ def test_a_launch_config_must_say_how_many(tmp_path, capsys):
     assert "none.yaml` does not exist" in capsys.readouterr().err
 
 
+FOLLOW = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+
+
 @pytest.fixture
 def offloaded(tiny_model, chat_file, tmp_path, capsys, monkeypatch):
     """The memory that is planned for two processes under ZeRO-3, with `zero_optimization` as given."""
@@ -376,8 +379,9 @@ def offloaded(tiny_model, chat_file, tmp_path, capsys, monkeypatch):
     def planned(**zero):
         monkeypatch.setattr(os, "environ", dict(os.environ))
         config = {"stage": 3, "reduce_bucket_size": 1000, "stage3_max_live_parameters": 1000, **zero}
+        config["stage3_gather_16bit_weights_on_model_save"] = True
         path = tmp_path / "zero.json"
-        path.write_text(json.dumps({"zero_optimization": config, "train_micro_batch_size_per_gpu": "auto"}))
+        path.write_text(json.dumps({"zero_optimization": config, **dict.fromkeys(FOLLOW, "auto")}))
         common = {"model_name_or_path": tiny_model, "dataset_name": chat_file, "output_dir": tmp_path / "run"}
         argv = ["--use_deepspeed", "--deepspeed_config_file", path, "--num_processes", 2, "--num_machines", 1]
         argv += ["--dynamo_backend", "no", "--mixed_precision", "no"]
@@ -421,6 +425,4 @@ def test_only_kernels_that_take_lengths_need_no_mask_of_all_pairs(checked):
         values = {**common, "attn_implementation": attention, "per_device_train_batch_size": rows}
         return checked(**values)[2]["memory_bytes"]["activations"]
 
-    few, many = (activations("flash_attention_2", rows) for rows in (8, 80))
-    assert 5 < many / few < 10.5
-    assert activations("sdpa", 80) > 3 * many
+    assert activations("sdpa", 80) > 3 * activations("flash_attention_2", 80)

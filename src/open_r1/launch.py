@@ -103,7 +103,8 @@ def require_world(args: "SFTConfig") -> None:
             "GPU with CUDA_VISIBLE_DEVICES"
         )
     kind = args.distributed_state.distributed_type.value
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and kind in ("NO", "MULTI_CPU"):
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if sharded and kind in ("NO", "MULTI_CPU") and args.plan_processes is None:
         raise UserError(
             "the launch config says FSDP, which accelerate takes for GPUs alone and would silently replace with DDP "
             "here; without a GPU launch with ddp.yaml, zero2.yaml or zero3.yaml"
@@ -120,7 +121,7 @@ def require_deepspeed(args: "SFTConfig", plugin: Any) -> None:
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "gradient_clipping": args.max_grad_norm,
         "train_micro_batch_size_per_gpu": batch,
-        "train_batch_size": batch * args.gradient_accumulation_steps * args.world_size,
+        "train_batch_size": batch * args.gradient_accumulation_steps * args.processes,
         "bf16": bool(args.bf16),
         "fp16": bool(args.fp16),
     }
