@@ -91,6 +91,7 @@ def args(deepspeed=None, kind="NO", **values):
     world = {"world_size": 1, "n_gpu": 0, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     of = {"max_grad_norm": 1.0, "bf16": True, "fp16": False, "optim": "adamw_torch_fused"}
     state = SimpleNamespace(distributed_type=SimpleNamespace(value=kind))
+    world |= {"plan_processes": None, "processes": values.get("world_size", 1)}
     return SimpleNamespace(**{**world, **of, "deepspeed_plugin": plugin, "distributed_state": state, **values})
 
 

@@ -14,7 +14,7 @@ from test_slurm import HOSTILE, environment, words
 
 from open_r1.benchmarks import submit
 
-cluster, root = test_slurm.cluster, test_slurm.root
+root = test_slurm.root
 NAMES = ["--benchmarks", "aime24", "gsm8k|5"]
 TASKS = "aime24|0,gsm8k|5"
 STAND_IN = """#!/bin/bash
