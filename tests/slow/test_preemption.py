@@ -381,7 +381,8 @@ def test_event(event, place, cluster, reference, table):
 
 
 def test_a_job_that_gets_nowhere_is_given_up(place, cluster, table):
-    job = Job(place, cluster, "ddp", ("--signal=B:USR1@300", "--time=1"))
+    slow = json.dumps([{"do": "slow load", "seconds": 200}])
+    job = Job(place, cluster, "ddp", ("--signal=B:USR1@300", "--time=1"), FAULTS=slow)
     ended, restarts = job.end()
     assert (ended, restarts) == ("FAILED", 3), job.log
     assert "given up: three starts in a row found no newer checkpoint than that of step 0" in job.log
