@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 
 import pytest
 from torch.distributed import TCPStore
@@ -40,15 +41,15 @@ class Left(BaseException):
     """`os._exit` was called."""
 
 
-def listened(stop, monkeypatch, caplog, output_dir):
-    """The exit code that `listen` ends the process with, None where it returns; and what it logs."""
+def listened(stop, monkeypatch, caplog, output_dir, task=processes.listen):
+    """The exit code that a task ends the process with, None where it returns; and what it logs."""
 
     def leave(code):
         raise Left(code)
 
     monkeypatch.setattr(os, "_exit", leave)
     try:
-        processes.listen(processes.meet(), stop, str(output_dir))
+        task(processes.meet(), Counter(), stop, str(output_dir))
     except Left as left:
         return left.args[0], caplog.text
     return None, caplog.text
@@ -90,19 +91,30 @@ def test_a_stop_that_all_agreed_on_is_no_news(two_machines):
     assert not two_machines.check([processes.FAILED])
 
 
-@pytest.mark.parametrize("seen", [False, True])
-def test_a_machine_that_is_not_heard_of_is_missed(seen, two_machines, monkeypatch, caplog, tmp_path):
+@pytest.mark.parametrize("when", ["never seen", "seen", "in training", "after"])
+def test_a_machine_that_is_not_heard_of_is_missed(when, two_machines, monkeypatch, caplog, tmp_path):
     monkeypatch.setattr(processes, "SILENT", 0.5)
-    monkeypatch.setattr(processes, "ABSENT", 0.8)
-    if seen:
-        beats = iter(range(10))
-        for number in beats:
+    monkeypatch.setattr(processes, "ABSENT", 0.9)
+    stop = Stop()
+    if when != "never seen":
+        for number in range(5):
             threading.Timer(number / 10, two_machines.set, (f"{processes.ALIVE}/0", f"node-a {number}")).start()
+    if when in ("in training", "after"):
+        processes.together.set()
+        stop.waits = True
+    if when == "after":
+        threading.Timer(0.5, setattr, (stop, "waits", False)).start()
+        threading.Timer(2.0, setattr, (stop, "ended", True)).start()
     begun = time.monotonic()
-    code, said = listened(Stop(), monkeypatch, caplog, tmp_path)
-    assert code == 1
-    assert ("machine 0 (node-a) has given no sign of life for 0 s" if seen else "machine 0 has given no sign") in said
-    assert time.monotonic() - begun > (1.3 if seen else 0.8)
+    code, said = listened(stop, monkeypatch, caplog, tmp_path)
+    taken = time.monotonic() - begun
+    if when == "after":
+        assert (code, said) == (None, "")
+        return
+    who = "machine 0" if when == "never seen" else "machine 0 (node-a)"
+    assert (code, f"{who} has given no sign of life for" in said) == (1, True)
+    least = {"never seen": 0.9, "seen": 0.9, "in training": 1.3}[when]
+    assert least <= taken < 3 * least
 
 
 @pytest.mark.parametrize("when", ["before", "in training", "after"])
@@ -112,10 +124,13 @@ def test_without_the_first_launcher_nothing_goes_on_but_saving(when, two_machine
 
         def check(self, names):
             self.looks += 1
-            if self.looks == 1 and when != "before":
+            if self.looks < 3 and when != "before":
                 return False
             stop.waits = when == "in training"
             raise RuntimeError("connection closed")
+
+        def set(self, name, value):
+            pass
 
     stop = Stop()
     stop.waits = when != "before"
@@ -124,6 +139,22 @@ def test_without_the_first_launcher_nothing_goes_on_but_saving(when, two_machine
     monkeypatch.setattr(processes, "meet", Gone)
     code, said = listened(stop, monkeypatch, caplog, tmp_path)
     assert (code, "the launcher of the first machine" in said) == ((None, False) if when == "after" else (1, True))
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_a_look_that_hangs_is_a_machine_that_is_gone(hangs, two_machines, monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(processes, "ABSENT", 0.5)
+    stop = Stop()
+
+    def overlook(store, looks, *args):
+        if not hangs:
+            for number in range(15):
+                threading.Timer(number / 10, looks.update, (["done"],)).start()
+            threading.Timer(1.4, setattr, (stop, "ended", True)).start()
+        processes.overlook(store, looks, *args)
+
+    code, said = listened(stop, monkeypatch, caplog, tmp_path, overlook)
+    assert (code, "the launcher of the first machine" in said) == ((1, True) if hangs else (None, False))
 
 
 def test_a_store_that_does_not_answer_is_an_error_at_once(two_machines, monkeypatch):

@@ -15,6 +15,7 @@ import socket
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ PREFIX = f"open_r1/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 FAILED, ALIVE = f"{PREFIX}/failed", f"{PREFIX}/alive"
 POLL = 1.0  # seconds between two looks at the store
 REACHED = 15.0  # seconds within which the store answers: it was there before this process
-SILENT, ABSENT = 600.0, 1800.0  # seconds without a sign of life of a machine; without the first one
+SILENT, ABSENT = 600.0, 1800.0  # seconds without a sign of life of a machine: while data is prepared; at other times
 PATIENCE, AGAIN = 10.0, 300.0  # seconds of waiting until a process says so, and says so again
 SIOCGIFADDR = 0x8915  # of linux/sockios.h: the IPv4 address of an interface
 together = threading.Event()  # set when all processes are known to be ready to train
@@ -97,43 +98,64 @@ def heed_others(stop: Stop, output_dir: str) -> None:
     if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := interface_to(os.environ["MASTER_ADDR"])):
         os.environ["GLOO_SOCKET_IFNAME"] = interface  # else gloo takes the one that the machine's own name stands for
     if os.environ["LOCAL_RANK"] == "0":  # the launcher ends the others with it
-        store = meet()
-        threading.Thread(target=listen, args=(store, stop, output_dir), daemon=True, name="others").start()
+        store, looks = meet(), Counter()
+        for task in (listen, overlook):
+            threading.Thread(target=task, args=(store, looks, stop, output_dir), daemon=True, name="others").start()
 
 
-def listen(store: "TCPStore", stop: Stop, output_dir: str) -> None:
-    """Show that this machine is there, and look for those that failed or, until all are ready, are not heard of."""
+def listen(store: "TCPStore", looks: Counter, stop: Stop, output_dir: str) -> None:
+    """Show that this machine is there, and look for those that failed or, until the run is trained, are not heard of.
+
+    Whatever holds Python's lock for long silences a machine, so patience is long. Looks are counted, not seconds: a
+    job that was stopped for a while and goes on has missed nothing.
+    """
     me, machines = int(os.environ["GROUP_RANK"]), int(os.environ["GROUP_WORLD_SIZE"])
-    begun = time.monotonic()
-    signs: dict[int, tuple[str, float]] = {}
-    trained = False
+    signs, trained = {other: ("", 0) for other in range(machines) if other != me}, False
     while not stop.ended:
         status, reason = "failed", ""
         try:
             if store.check([FAILED]):
                 status, _, reason = store.get(FAILED).decode().partition("\n")
-            elif not together.is_set():
-                now = time.monotonic()
-                store.set(f"{ALIVE}/{me}", f"{platform.node()} {now}")
-                for other in (other for other in range(machines) if other != me):
+            elif not trained or stop.waits:
+                store.set(f"{ALIVE}/{me}", f"{platform.node()} {looks['done']}")
+                for other, (before, seen) in signs.items():
                     sign = store.get(f"{ALIVE}/{other}").decode() if store.check([f"{ALIVE}/{other}"]) else ""
-                    if sign != signs.get(other, ("", 0))[0]:
-                        signs[other], hosts[other] = (sign, now), sign.split()[0]
-                    if now - signs.get(other, ("", begun))[1] > (SILENT if other in signs else ABSENT):
-                        name = f"machine {other}{f' ({hosts[other]})' if other in hosts else ''}"
-                        reason = f"{name} has given no sign of life for {SILENT if other in signs else ABSENT:.0f} s"
+                    patience = SILENT if sign and not together.is_set() else ABSENT
+                    if sign != before:
+                        signs[other], hosts[other] = (sign, looks["done"]), sign.split()[0]
+                    elif (looks["done"] - seen) * POLL > patience:
+                        name = f"machine {other}{f' ({hosts[other]})' if sign else ''}"
+                        reason = f"{name} has given no sign of life for {patience:.0f} s"
         except RuntimeError:
             if trained and not stop.waits:  # the first machine's launcher may end before others' have saved
                 return
             reason = gone()
         if reason:
-            time.sleep(AT_ONCE)  # who fails itself says why itself
-            if not stop.ended:
-                logger.error("%s", reason)
-                record_end(output_dir, status, reason, stop.begun)
-                os._exit(EXIT_CODE if status == "preempted" else 1)
+            leave(stop, output_dir, status, reason)
         trained = trained or stop.waits
+        looks["done"] += 1
         time.sleep(POLL)
+
+
+def overlook(store: "TCPStore", looks: Counter, stop: Stop, output_dir: str) -> None:
+    """See that `listen` goes on: C waits a quarter of an hour and longer for a machine that is cut off."""
+    begun, done = False, -1
+    while not stop.ended and (stop.waits or not begun):
+        begun = begun or stop.waits
+        looks["hung"] = looks["hung"] + 1 if looks["done"] == done else 0
+        done = looks["done"]
+        if looks["hung"] * POLL > ABSENT:
+            leave(stop, output_dir, "failed", gone())
+        time.sleep(POLL)
+
+
+def leave(stop: Stop, output_dir: str, status: str, reason: str) -> None:
+    """End this process, unless it is about to end and says itself why."""
+    time.sleep(AT_ONCE)
+    if not stop.ended:
+        logger.error("%s", reason)
+        record_end(output_dir, status, reason, stop.begun)
+        os._exit(EXIT_CODE if status == "preempted" else 1)
 
 
 def wait_for_all(what: str) -> None:

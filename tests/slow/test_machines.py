@@ -27,7 +27,7 @@ FIRST, REST = "from open_r1 import processes, sft\n", "sft.leave(sft.main())\n"
 
 @pytest.fixture(scope="module")
 def machines():
-    """What starts a command on each of two machines, and the address of the first."""
+    """What starts a command on each of two machines, the address of the first, and what cuts the wire between them."""
     suffix = uuid.uuid4().hex[:6]
     spaces, wires = [f"{name}-{suffix}" for name in NAMES], [f"w{n}{suffix}" for n in range(2)]
     try:
@@ -41,9 +41,10 @@ def machines():
             ip("netns", "exec", space, "ip", "link", "set", "lo", "up")
         prefix = ["unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"']
         pairs = zip(spaces, NAMES, strict=True)
-        yield [["ip", "netns", "exec", space, *prefix, name] for space, name in pairs], "10.77.0.1"
+        prefixes = [["ip", "netns", "exec", space, *prefix, name] for space, name in pairs]
+        yield prefixes, "10.77.0.1", lambda state: ip("netns", "exec", spaces[1], "ip", "link", "set", wires[1], state)
     except (OSError, subprocess.CalledProcessError):
-        yield [[], []], "127.0.0.1"
+        yield [[], []], "127.0.0.1", None
     finally:
         for space in spaces:
             with contextlib.suppress(OSError):
@@ -58,7 +59,7 @@ class Machine:
     """One machine's launcher, its output in a file, and all that it started."""
 
     def __init__(self, machines, number, config, argv, folder, script="src/open_r1/sft.py", environment=None):
-        prefixes, address = machines
+        prefixes, address, _ = machines
         self.token, self.log = uuid.uuid4().hex, Path(folder) / f"{NAMES[number]}.log"
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self.environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
@@ -259,3 +260,24 @@ def test_killed_in_training_a_machine_ends_the_other_and_both_go_on(machines, ar
     assert losses(tmp_path / "torn") == losses(tmp_path / "whole")
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "torn")
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_cut_off_from_each_other_in_training_both_end(machines, argv, tmp_path):
+    """Nothing closes a connection when a machine loses power or network: it is silent."""
+    if machines[2] is None:
+        pytest.skip("needs network namespaces, which cannot be made here")
+    soon = "processes.ABSENT, processes.REACHED = 10, 5"
+    scripts = [script(tmp_path, name, soon) for name in "ab"]
+    argvs = [argv(tmp_path / "run", max_steps=3000, save_steps=1000)] * 2
+    with both(machines, "ddp", argvs, tmp_path, scripts, caches(tmp_path, True)) as pair:
+        pair[0].until("'loss'")
+        machines[2]("down")
+        cut = time.monotonic()
+        try:
+            assert [machine.wait(90) for machine in pair] == [1, 1]
+        finally:
+            machines[2]("up")
+        assert time.monotonic() - cut < 60
+        assert "has given no sign of life for 10 s" in pair[0].output
+        assert "the launcher of the first machine" in pair[1].output
+    assert "no sign of life" in json.loads((tmp_path / "run" / "run_state.json").read_text())["reason"]
