@@ -262,6 +262,18 @@ def test_killed_in_training_a_machine_ends_the_other_and_both_go_on(machines, ar
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_a_signal_to_one_launcher_saves_and_stops_both_at_one_step(machines, argv, tmp_path):
+    words, environments = argv(tmp_path / "run", max_steps=3000, save_steps=1000), caches(tmp_path, True)
+    with both(machines, "ddp", [words] * 2, tmp_path, environments=environments) as pair:
+        pair[0].until("'loss'")
+        pair[1].process.send_signal(signal.SIGTERM)
+        assert all(machine.wait(60) for machine in pair)
+    state = json.loads((tmp_path / "run" / "run_state.json").read_text())
+    assert (state["status"], "saved as checkpoint-" in state["reason"]) == ("preempted", True)
+    [saved] = (tmp_path / "run").glob("checkpoint-*")
+    assert {path.name for path in saved.glob("rng_state_*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+
+
 def test_cut_off_from_each_other_in_training_both_end(machines, argv, tmp_path):
     """Nothing closes a connection when a machine loses power or network: it is silent."""
     if machines[2] is None:
