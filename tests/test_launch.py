@@ -258,6 +258,18 @@ def test_a_process_that_never_comes(meet):
     assert told[1].startswith("process 0 has not come to the start") or told[1] == told[0]
 
 
+def test_a_store_that_is_gone(monkeypatch, tmp_path):
+    class Gone:
+        def check(self, keys):
+            raise dist.DistNetworkError("Connection reset by peer")
+
+    monkeypatch.setattr(launch, "store", Gone)
+    about = SimpleNamespace(process_index=1, world_size=2, output_dir=str(tmp_path), ddp_timeout=5)
+    with pytest.raises(UserError, match="the first process is gone"):
+        launch.require_one_run(FACTS, about)
+    assert launch.refused() == ""
+
+
 def test_a_process_that_cannot_go_on_ends_those_that_wait(meet):
     shown = []
     for host in ("b", "b", "a"):

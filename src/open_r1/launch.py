@@ -242,7 +242,7 @@ def wait(kept: Any, keys: list[str], seconds: float) -> None:
     """Wait until all keys are in the store, heeding signals. Raises `UserError` when a process cannot go on."""
     began = shown = time.monotonic()
     for key in keys:
-        while not kept.check([f"{OURS}{key}"]):
+        while not is_there(kept, key):
             if problem := refused():
                 raise UserError(problem)
             now = time.monotonic()
@@ -255,6 +255,14 @@ def wait(kept: Any, keys: list[str], seconds: float) -> None:
                 logger.info("waiting for process %s, which is still preparing", 0 if key == "verdict" else key)
                 shown = now
             time.sleep(0.2)
+
+
+def is_there(kept: Any, key: str) -> bool:
+    """Whether a process has said this. Raises `UserError` when the store is gone."""
+    try:
+        return kept.check([f"{OURS}{key}"])
+    except RuntimeError as error:
+        raise UserError("the first process is gone, which the others wait for; see what it said last") from error
 
 
 def settled(facts: dict[str, Any]) -> dict[str, str]:
