@@ -160,7 +160,7 @@ def table():
     yield rows
     if "EVENTS" in os.environ:
         versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "accelerate", "deepspeed"))
-        slurm = subprocess.run(["sbatch", "--version"], capture_output=True, text=True).stdout.strip()
+        slurm = subprocess.run(["slurmd", "-V"], capture_output=True, text=True).stdout.strip()
         head = "| event | launch | starts | the job ended | the run |\n|---|---|---|---|---|\n"
         Path(os.environ["EVENTS"]).write_text(f"{ABOUT}\n\n{slurm}, {versions}:\n\n{head}" + "".join(rows))
 
@@ -367,16 +367,16 @@ def test_event(event, place, cluster, reference, table):
     then = ""
     if ended != "COMPLETED":
         assert not (job.out / "model.safetensors").exists()
+        reason = job.state["reason"].partition("\n")[0][:80]
         time.sleep(8)
         assert job.facts["JobState"] == ended  # nobody put it back
         job.submission = [word for word in job.submission if word not in event.options]
         job.number = job.submit()
         assert job.end()[0] == "COMPLETED", job.log
-        then = "; submitted again: "
+        then = f"{reason}; submitted again: "
     assert_same(job.out, same)
     assert job.state["status"] == "complete"
-    reason = f" ({event.says})" if then else ""
-    row = f"| {event.text} | {event.launch} | {restarts + 1} | {ended}{reason} | {then.lstrip('; ')}identical |\n"
+    row = f"| {event.text} | {event.launch} | {restarts + 1} | {ended} | {then}identical |\n"
     table.append(row)
 
 
