@@ -5,12 +5,14 @@ import socket
 import threading
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
-from torch.distributed import TCPStore
+from torch.distributed import HashStore, TCPStore
 
 from open_r1 import processes
 from open_r1.errors import Stopped, UserError
+from open_r1.run_state import read_state, record
 from open_r1.stopping import Preempted, Stop
 
 
@@ -206,3 +208,128 @@ def test_the_interface_towards_the_first_machine(two_machines, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     processes.heed_others(Stop(), "out")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+
+
+def test_the_first_to_know_has_the_word_on_its_machine(two_machines, monkeypatch):
+    said = []
+    for rank, machine in ((0, 0), (1, 0), (2, 1), (3, 1)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("GROUP_RANK", str(machine))
+        said.append(processes.has_the_word())
+    assert said == [True, False, True, False]
+
+
+def test_without_a_store_the_first_of_a_machine_has_the_word(monkeypatch):
+    for name in ("GROUP_WORLD_SIZE", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert processes.has_the_word()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not processes.has_the_word()  # it was said before
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not processes.has_the_word()
+    assert processes.failure() == ""
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_a_launcher_that_ends_those_that_are_left_is_no_preemption(machines, two_machines, monkeypatch, tmp_path):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", str(machines))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    record(str(tmp_path), status="running")
+    with pytest.raises(UserError), processes.others_told():
+        raise UserError("row 7 is broken")
+    processes.record_how(str(tmp_path), "preempted", "SIGTERM", begun=True)
+    state = read_state(str(tmp_path))
+    assert state["status"] == "failed"
+    assert state["reason"] == f"process 2 on {os.uname().nodename}: row 7 is broken"
+
+
+def test_one_that_was_told_to_stop_is_no_failure(two_machines, tmp_path):
+    record(str(tmp_path), status="running")
+    with pytest.raises(Preempted), processes.others_told():
+        raise Preempted("SIGTERM")
+    assert processes.failure() == ""
+    processes.record_how(str(tmp_path), "preempted", "SIGTERM", begun=True)
+    assert (read_state(str(tmp_path))["status"], read_state(str(tmp_path))["reason"]) == ("preempted", "SIGTERM")
+
+
+FACTS = {
+    **dict.fromkeys(("evaluated", "base"), None),
+    "data": "d1",
+    "order": {"seed": 1},
+    "rows_a_step": 8,
+    "launch": "ddp",
+    "precision": "no",
+    "config_files": {},
+    "versions": {"torch": "2.13.0", "trl": "1.16.0"},
+    "settings": {"learning_rate": 1e-5, "output_dir": "out"},
+    "code": {"digest": "c1", "commit": "abc"},
+}
+
+
+@pytest.fixture
+def meet(monkeypatch, tmp_path):
+    """Have some processes meet, each with its facts and folder; returns what each was told, None where all is well."""
+    monkeypatch.setattr(processes, "SEEN_WITHIN", 0.1)
+    kept = HashStore()
+    monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: kept)
+    monkeypatch.setattr(processes.platform, "node", lambda: threading.current_thread().name)
+
+    def start(*those):
+        told = {}
+
+        def one(rank, facts, folder):
+            about = SimpleNamespace(process_index=rank, world_size=len(those), output_dir=str(folder))
+            try:
+                told[rank] = processes.require_one_run({**FACTS, **facts}, about)
+            except UserError as error:
+                told[rank] = str(error)
+
+        threads = []
+        for rank, process in enumerate(those):
+            host, facts, folder = process
+            (tmp_path / folder).mkdir(exist_ok=True)
+            thread = threading.Thread(target=one, args=(rank, facts, tmp_path / folder), name=host)
+            threads.append(thread)
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+        return told
+
+    return start
+
+
+def test_processes_that_train_the_same(meet, tmp_path):
+    other_commit = {"code": {"digest": "c1", "commit": "def"}}
+    assert meet(("a", {}, "out"), ("a", {}, "out"), ("b", other_commit, "out")) == {0: None, 1: None, 2: None}
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        (
+            {"settings": {"learning_rate": 2e-5, "output_dir": "out"}},
+            "learning_rate: 1e-05 on a (process 0, 1); 2e-05",
+        ),
+        ({"settings": {**FACTS["settings"], "seed": 1}}, "seed: nothing on a (process 0, 1); 1 on b (process 2, 3)"),
+        ({"versions": {**FACTS["versions"], "trl": "1.15.0"}}, 'versions: trl: "1.16.0" on a'),
+        ({"code": {"digest": "c2"}}, 'code of open_r1: "c1" on a'),
+        ({"data": "d2"}, 'data: "d1" on a (process 0, 1); "d2" on b (process 2, 3)'),
+        ({"precision": "bf16"}, 'precision: "no" on a'),
+        ({"base": "b2"}, "base: null on a"),
+    ],
+)
+def test_processes_that_would_train_different_things(meet, tmp_path, facts, says):
+    told = meet(*[("a", {}, "out")] * 2, *[("b", facts, "out")] * 2)
+    assert len(set(told.values())) == 1
+    assert says in told[0]
+    assert told[0].count("\n  ") == 1
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_output_directories_that_are_not_one(meet):
+    told = meet(("a", {}, "out"), ("a", {}, "out"), ("b", {}, "another"))
+    assert len(set(told.values())) == 1
+    assert "out on b (process 2) is not the directory of that name on a" in told[0]
+    assert "a file system that all machines share" in told[0]

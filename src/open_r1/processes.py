@@ -1,30 +1,37 @@
-"""What the processes of a run on several machines tell each other outside of collectives: who is ready, who failed.
+"""What the processes of a run tell each other outside of collectives: who is ready, who failed, what each would train.
 
-A launcher ends the processes of its own machine when one of them fails. Those of other machines would wait for them,
-in the rendezvous or in a collective, as long as `ddp_timeout` says. So who fails says so in the launchers' store, to
-which all of them are connected (`MASTER_ADDR`); the first process of each machine reads it there and ends its machine.
+A launcher ends the processes of its own machine when one of them fails, with a signal that is no reason. Those of
+other machines would wait for them, in the rendezvous or in a collective, as long as `ddp_timeout` says. So who fails
+says so in the launchers' store, to which all of them are connected (`MASTER_ADDR`); the first process of each machine
+reads it there and ends its machine.
 """
 
 import contextlib
 import datetime
 import fcntl
+import json
 import logging
 import os
 import platform
 import socket
 import struct
+import sys
 import threading
 import time
-from collections import Counter
+import uuid
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from open_r1.errors import Stopped
+from open_r1.errors import Stopped, UserError
 from open_r1.run_state import record_end
 from open_r1.stopping import AT_ONCE, EXIT_CODE, Preempted, Stop
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
+
+    from open_r1.configs import SFTConfig
 
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.INFO)  # what is said here is said on the first process of every machine
@@ -34,6 +41,9 @@ POLL = 1.0  # seconds between two looks at the store
 REACHED = 15.0  # seconds within which the store answers: it was there before this process
 SILENT, ABSENT = 600.0, 1800.0  # seconds without a sign of life of a machine: while data is prepared; at other times
 PATIENCE, AGAIN = 10.0, 300.0  # seconds of waiting until a process says so, and says so again
+SEEN_WITHIN = 60.0  # seconds until a file made on one machine is seen on another: as long as NFS caches a folder
+# Of the facts of a run (`resuming.facts_of`), what all processes must have, beside settings and our own code.
+COMPARED = ("data", "evaluated", "order", "rows_a_step", "launch", "precision", "base", "config_files", "versions")
 SIOCGIFADDR = 0x8915  # of linux/sockios.h: the IPv4 address of an interface
 together = threading.Event()  # set when all processes are known to be ready to train
 hosts: dict[int, str] = {}  # of the other machines, by their rank
@@ -45,6 +55,16 @@ def several_machines() -> bool:
     return (
         int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     )
+
+
+def can_speak() -> bool:
+    """Whether others are to be told: other machines always, other processes of this one when they have met.
+
+    Before, they find what this one finds, and none of them needs torch to say so.
+    """
+    met = (torch := sys.modules.get("torch.distributed")) and torch.is_available() and torch.is_initialized()
+    launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("WORLD_SIZE", "1") != "1"
+    return several_machines() or bool(launched and met)
 
 
 def meet() -> "TCPStore":
@@ -70,20 +90,49 @@ def gone() -> str:
 
 @contextlib.contextmanager
 def others_told() -> Iterator[None]:
-    """Tell the other machines of an error that ends this process, whatever it is and however early."""
+    """Tell the other processes of an error that ends this one, whatever it is and however early."""
     try:
         yield
     except (Exception, Preempted) as error:
         told = isinstance(error, Preempted)
         agreed = told and together.is_set() and not (heeded and heeded.waits)  # all stop at the same step
-        if several_machines() and not agreed:
+        if can_speak() and not agreed:
             reason = str(error) if told or isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            who = f"process {os.environ['RANK']} on {platform.node()}"
             with contextlib.suppress(Stopped, RuntimeError):  # then they find out by themselves
-                store = meet()
-                store.compare_set(FAILED, "", f"{'preempted' if told else 'failed'}\n{who}: {reason}")
-                time.sleep(2 * POLL)  # the store goes with its launcher, which goes with this process
+                who = f"process {os.environ['RANK']} on {platform.node()}"
+                tell("preempted" if told else "failed", f"{who}: {reason}")
+                if several_machines():
+                    time.sleep(2 * POLL)  # the store goes with its launcher, which goes with this process
         raise
+
+
+def tell(status: str, reason: str) -> None:
+    """Say how the run ends, unless it is said already."""
+    meet().compare_set(FAILED, "", f"{status}\n{reason}")
+
+
+def failure() -> str:
+    """Why another process has failed, empty where none has said so."""
+    with contextlib.suppress(Stopped, RuntimeError):
+        if can_speak() and (store := meet()).check([FAILED]):
+            status, _, reason = store.get(FAILED).decode().partition("\n")
+            return reason if status == "failed" else ""
+    return ""
+
+
+def has_the_word() -> bool:
+    """Whether it is this process that says on its machine why the run cannot go on: the first to know."""
+    with contextlib.suppress(Stopped, RuntimeError):
+        if can_speak():
+            return meet().add(f"{PREFIX}/said on {os.environ['GROUP_RANK']}", 1) == 1
+    return os.environ.get("LOCAL_RANK", "0") == os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+
+
+def record_how(output_dir: str, status: str, reason: str, begun: bool) -> None:
+    """`record_end`, where a signal may only be a launcher's that ends those that are left by a failure."""
+    if status == "preempted" and (why := failure()):
+        status, reason = "failed", why
+    record_end(output_dir, status, reason, begun)
 
 
 def heed_others(stop: Stop, output_dir: str) -> None:
@@ -110,7 +159,8 @@ def listen(store: "TCPStore", looks: Counter, stop: Stop, output_dir: str) -> No
     job that was stopped for a while and goes on has missed nothing.
     """
     me, machines = int(os.environ["GROUP_RANK"]), int(os.environ["GROUP_WORLD_SIZE"])
-    signs, trained = {other: ("", 0) for other in range(machines) if other != me}, False
+    # The first looks for all others and tells them, the others look for the first: not each for each.
+    signs, trained = {other: ("", 0) for other in range(machines) if (other == 0) != (me == 0)}, False
     while not stop.ended:
         status, reason = "failed", ""
         try:
@@ -126,6 +176,7 @@ def listen(store: "TCPStore", looks: Counter, stop: Stop, output_dir: str) -> No
                     elif (looks["done"] - seen) * POLL > patience:
                         name = f"machine {other}{f' ({hosts[other]})' if sign else ''}"
                         reason = f"{name} has given no sign of life for {patience:.0f} s"
+                        store.compare_set(FAILED, "", f"failed\n{reason}")
         except RuntimeError:
             if trained and not stop.waits:  # the first machine's launcher may end before others' have saved
                 return
@@ -186,6 +237,108 @@ def wait_for_all(what: str) -> None:
     except RuntimeError as error:
         raise Stopped(gone()) from error
     together.set()
+
+
+def require_one_run(facts: dict[str, Any], args: "SFTConfig") -> None:
+    """Compare what all processes are about to train, and see that they share an output directory.
+
+    To be called behind `wait_for_all`. Raises `UserError` on all of them, with what differs and on which machines.
+    """
+    rank, world = args.process_index, args.world_size
+    if world == 1:
+        return
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store, folder = _get_default_store(), Path(args.output_dir)
+    with left_in(folder) if rank == 0 else contextlib.nullcontext() as token:
+        if rank == 0:
+            store.set(f"{PREFIX}/token", token)
+        token = store.get(f"{PREFIX}/token").decode()
+        said = {"host": platform.node(), "sees": seen(folder / token), "facts": settled(facts)}
+        store.set(f"{PREFIX}/facts/{rank}", json.dumps(said))
+        if rank == 0:
+            told = [json.loads(store.get(f"{PREFIX}/facts/{number}")) for number in range(world)]
+            store.set(f"{PREFIX}/verdict", differences(told) or unseen(told, args.output_dir))
+        verdict = store.get(f"{PREFIX}/verdict").decode()
+    if verdict:
+        raise UserError(verdict)
+
+
+@contextlib.contextmanager
+def left_in(folder: Path) -> Iterator[str]:
+    """A file of a name that nobody can have guessed or cached; gives the name."""
+    token = folder / f"{uuid.uuid4().hex}.partial"  # which the next start removes, should this one be killed
+    token.touch()
+    try:
+        yield token.name
+    finally:
+        token.unlink(missing_ok=True)
+
+
+def seen(path: Path) -> bool:
+    """Whether a file of another machine shows up here."""
+    until = time.monotonic() + SEEN_WITHIN
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+def settled(facts: dict[str, Any]) -> dict[str, str]:
+    """What must be the same on all processes, each with its value as text."""
+    compared = {key: facts[key] for key in COMPARED if not isinstance(facts[key], dict)}
+    for key in COMPARED:
+        if isinstance(facts[key], dict):
+            compared |= {f"{key}: {name}": value for name, value in facts[key].items()}
+    compared |= facts["settings"] | {"code of open_r1": facts["code"]["digest"]}
+    return {key: json.dumps(value, sort_keys=True, default=str) for key, value in compared.items()}
+
+
+def differences(told: list[dict[str, Any]]) -> str:
+    """What processes would train differently, for a message; empty when nothing. `told[rank]` is what each said."""
+    lines = []
+    for key in sorted({key for each in told for key in each["facts"]}):
+        of = defaultdict(list)
+        for rank, each in enumerate(told):
+            of[each["facts"].get(key, "nothing")].append(rank)
+        if len(of) > 1:
+            lines.append(f"  {key}: " + "; ".join(f"{shortened(value)} on {places(of[value], told)}" for value in of))
+    if not lines:
+        return ""
+    return "\n".join(
+        [
+            "the processes of this run would train different things:",
+            *lines,
+            "bring recipes, packages and data to the same state on all machines (data: the rows that preparation "
+            "comes to), then start it again",
+        ]
+    )
+
+
+def unseen(told: list[dict[str, Any]], output_dir: str) -> str:
+    """Which machines do not see the first process's output directory, for a message; empty when all do."""
+    blind = [rank for rank, each in enumerate(told) if not each["sees"]]
+    if not blind:
+        return ""
+    return (
+        f"output_dir: {output_dir} on {places(blind, told)} is not the directory of that name on {told[0]['host']}, "
+        "where the run is saved; put output_dir on a file system that all machines share"
+    )
+
+
+def places(ranks: list[int], told: list[dict[str, Any]]) -> str:
+    """Machines with the processes on them, for a message."""
+    hosts = defaultdict(list)
+    for rank in ranks:
+        hosts[told[rank]["host"]].append(str(rank))
+    few = [f"{host} (process {', '.join(on[:8])}{' ...' if len(on) > 8 else ''})" for host, on in hosts.items()]
+    return ", ".join(few[:4]) + (f" and {len(few) - 4} more machines" if len(few) > 4 else "")
+
+
+def shortened(value: str) -> str:
+    """A value as JSON, for a message."""
+    return value if len(value) <= 100 else value[:97] + "..."
 
 
 def named(ranks: list[int], most: int = 8) -> str:

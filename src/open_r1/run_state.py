@@ -17,7 +17,6 @@ from typing import Any
 
 from open_r1.checkpoints import room, write_whole
 from open_r1.errors import UserError
-from open_r1.launch import refused
 
 logger = logging.getLogger(__name__)
 RUN_STATE = "run_state.json"
@@ -41,23 +40,22 @@ def record(output_dir: str, durable: bool = True, **facts: Any) -> None:
     write_whole(Path(output_dir) / RUN_STATE, json.dumps(state, indent=1, default=str) + "\n", durable)
 
 
-def record_end(output_dir: str, status: str, reason: str, begun: bool = True) -> bool:
-    """Say how a start ended; returns whether this process said it.
+def record_end(output_dir: str, status: str, reason: str, begun: bool = True) -> None:
+    """Say how a start ended.
 
     Of several processes the first has the word: others fail because it did.
 
     One that ended before it had `begun` to train speaks of a run that is not finished, whose state says how the start
     before it ended; a wrapper that goes by that would start it for ever.
     """
-    if status == "preempted" and (problem := refused()):  # the signal came from a launcher that ends the others
-        status, reason = "failed", problem
     before = read_state(output_dir).get("status")
     rank, processes = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if begun and before != "running":
-        return False
+        return
     if not begun and (rank != "0" or before == "complete" or (before is None and status != "preempted")):
-        return False
-    of = f"process {rank}: " if begun and processes != "1" and status == "failed" else ""
+        return
+    another = reason.startswith("process ")  # which has said so (`processes.failure`)
+    of = f"process {rank}: " if begun and processes != "1" and status == "failed" and not another else ""
     facts = {"status": status, "reason": f"{of}{reason}", **({} if begun else holder())}
     with contextlib.suppress(OSError):  # what failed is about to be raised
         try:
@@ -65,7 +63,6 @@ def record_end(output_dir: str, status: str, reason: str, begun: bool = True) ->
         except OSError:  # a full disk
             os.truncate(Path(output_dir) / LOCK, 0)
             record(output_dir, **facts)
-    return True
 
 
 def holder() -> dict[str, str | int]:
