@@ -201,8 +201,9 @@ MACHINE = """
 import os, platform, sys
 rank = os.environ["RANK"]
 platform.node = lambda: f"node{rank}"
-from open_r1 import launch, sft
-launch.SEEN_WITHIN = 2
+os.environ["GROUP_RANK"] = rank
+from open_r1 import processes, sft
+processes.SEEN_WITHIN = 2
 """
 
 
@@ -254,6 +255,6 @@ def test_a_process_that_cannot_go_on_says_why(rank, inputs, tmp_path):
     code = "import time\nfrom open_r1 import preparation\nfrom open_r1.errors import UserError\n"
     code += "def prepare(*args):\n"
     code += f"    if rank == '{rank}':\n        raise UserError('row 7 is broken')\n    time.sleep(60)\n"
-    code += "preparation.prepare = prepare\nplatform.node = lambda: 'node'"
+    code += "preparation.prepare = prepare\nos.environ['GROUP_RANK'] = '0'"
     refused(on_machines(code, inputs("ddp", tmp_path / "run"), tmp_path), "row 7 is broken", tmp_path)
     assert not (tmp_path / "run").exists()
