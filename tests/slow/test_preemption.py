@@ -258,7 +258,10 @@ def kill_all_of(node):
 def kill_node(node):
     def act(job):
         kill_all_of(node)
-        time.sleep(25)  # longer than SlurmdTimeout: Slurm takes it for dead
+        end = time.monotonic() + 120
+        while not job.slurm("sinfo", "--noheader", f"--nodes={node}", "--format=%t").startswith("down"):
+            assert time.monotonic() < end
+            time.sleep(0.5)
         start_node(job, node)
 
     return act
@@ -320,7 +323,7 @@ EVENTS = [
     Event("`scontrol requeue` in training", at(15), requeue, "zero3", says="DUE TO JOB REQUEUE"),
     Event("`scontrol requeue` while data is prepared", preparing, requeue, says="DUE TO JOB REQUEUE"),
     Event("`scontrol requeue` while a checkpoint is saved", saving, requeue, says="DUE TO JOB REQUEUE"),
-    Event("second node killed, back after Slurm missed it", at(15), kill_node("n2"), says=""),
+    Event("second node killed, back when Slurm has taken it for dead", at(15), kill_node("n2"), says=""),
     Event(
         "all of the second node killed, and its `slurmd` back before anybody missed it",
         *(at(15), reboot_node("n2"), "zero3"),
