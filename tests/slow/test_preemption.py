@@ -268,13 +268,22 @@ def kill_node(node):
 
 
 def reboot_node(node):
-    """The same, back before Slurm has missed it: to all that anybody sees, processes failed."""
+    """The same, back before Slurm takes it for dead."""
 
     def act(job):
         kill_all_of(node)
+        job.until(lambda job: "does not answer" in job.log)
         start_node(job, node)
 
     return act
+
+
+def kill_processes(job):
+    """All processes of the job on a node, as when its memory is out."""
+    for pid in processes_of("n2"):
+        if "slurm" not in Path(f"/proc/{pid}/comm").read_text():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def start_node(job, node):
@@ -285,14 +294,6 @@ def drop_node(job):
     job.slurm("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     time.sleep(3)
     job.slurm("scontrol", "update", "nodename=n2", "state=resume")
-
-
-def kill_process(job):
-    """One training process, as the kernel does when memory is out."""
-    for pid in processes_of("n2"):
-        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-        if "src/open_r1/sft.py" in words and "launch" not in words:
-            os.kill(pid, signal.SIGKILL)
 
 
 class Event(NamedTuple):
@@ -323,20 +324,14 @@ EVENTS = [
     Event("`scontrol requeue` in training", at(15), requeue, "zero3", says="DUE TO JOB REQUEUE"),
     Event("`scontrol requeue` while data is prepared", preparing, requeue, says="DUE TO JOB REQUEUE"),
     Event("`scontrol requeue` while a checkpoint is saved", saving, requeue, says="DUE TO JOB REQUEUE"),
-    Event("second node killed, back when Slurm has taken it for dead", at(15), kill_node("n2"), says=""),
-    Event(
-        "all of the second node killed, and its `slurmd` back before anybody missed it",
-        *(at(15), reboot_node("n2"), "zero3"),
-        ends="FAILED",
-        restarts=0,
-        says="ended with exit code",
-    ),
+    Event("second node killed", at(15), kill_node("n2"), "zero3", says="DUE TO NODE FAILURE"),
+    Event("second node killed, back before Slurm has missed it", at(15), reboot_node("n2")),
     Event("first node killed", at(15), kill_node("n1"), says=""),
     Event("second node set down by an administrator", at(15), drop_node, says="DUE TO NODE FAILURE"),
     Event("`scontrol suspend`, then `resume`", at(5), suspend, restarts=0, says=""),
     Event("`scancel` in training", at(5), cancel, ends="CANCELLED", restarts=0, says="saved as checkpoint-"),
     Event("`scancel` while data is prepared", preparing, cancel, ends="CANCELLED", restarts=0, says="CANCELLED"),
-    Event("one process killed", at(15), kill_process, ends="FAILED", restarts=0, says="ended with exit code"),
+    Event("a node's processes killed", at(15), kill_processes, ends="FAILED", restarts=0, says="ended with exit code"),
     Event(
         "signal, and `--no-requeue`",
         *(at(5), near_limit),
