@@ -173,12 +173,7 @@ def from_tokens(row: Row) -> Row:
     labels = row.get("labels", ids)
     masks = [row[name] for name in ("completion_mask", "assistant_masks") if name in row]
     for name, values in (("input_ids", ids), ("labels", labels), *(("a mask", mask) for mask in masks)):
-        if (
-            not isinstance(values, list)
-            or len(values) != len(ids)
-            or not all(type(v) is int for v in values)
-            or not ids
-        ):
+        if not isinstance(values, list) or len(values) != len(ids) or set(map(type, values)) != {int}:
             raise ValueError(
                 f"input_ids, labels and masks are lists of numbers, of one length; {name} is {brief(values)}"
             )

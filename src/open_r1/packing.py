@@ -13,6 +13,7 @@ from datasets import Dataset, concatenate_datasets
 from trl import pack_dataset
 
 from open_r1.cache import file_digest, prepared_table
+from open_r1.mixture import columns_of
 
 if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
@@ -50,7 +51,7 @@ def pack_ids(unpacked: Dataset, args: "SFTConfig", path: str) -> None:
             desc="Numbering",
         )
         places = pack(numbers, args, f"{scratch}/packs.arrow")
-        origin = unpacked.select_columns(["source", "row"]).with_format("numpy")[:]
+        origin = dict(zip(("source", "row"), columns_of(unpacked), strict=True))
         places.with_format("arrow").map(
             documents,
             batched=True,
