@@ -44,7 +44,7 @@ def plan_memory(
 
     `length` is that of the longest row in tokens, `vocabulary` the number of tokens after those that are added.
     """
-    if is_fsdp(args) or (args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage >= 2):
+    if args.processes > 1 or (args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage >= 2):
         args = copy.copy(args)
         args.gradient_accumulation_steps = max(2, args.gradient_accumulation_steps)  # tells gradients from activations
     if is_fsdp(args) and not model_args.use_peft:
