@@ -50,7 +50,7 @@ SelectType=select/cons_tres
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 SlurmdParameters=config_overrides
 ReturnToService=2
-SlurmdTimeout=20
+SlurmdTimeout=60
 KillWait=30
 GresTypes=gpu
 NodeName=n[1-$nodes] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + nodes))] CPUs=$(nproc) Gres=gpu:8

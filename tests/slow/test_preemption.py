@@ -267,23 +267,20 @@ def kill_node(node):
     return act
 
 
-def reboot_node(node):
-    """The same, back before Slurm takes it for dead."""
-
-    def act(job):
-        kill_all_of(node)
-        job.until(lambda job: "does not answer" in job.log)
-        start_node(job, node)
-
-    return act
-
-
-def kill_processes(job):
+def kill_processes(job, also=()):
     """All processes of the job on a node, as when its memory is out."""
     for pid in processes_of("n2"):
-        if "slurm" not in Path(f"/proc/{pid}/comm").read_text():
-            with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(OSError):
+            name = Path(f"/proc/{pid}/comm").read_text().strip()
+            if name in also or not name.startswith("slurm"):
                 os.kill(pid, signal.SIGKILL)
+
+
+def kill_processes_and_slurmd(job):
+    """And it comes back before Slurm takes the node for dead."""
+    kill_processes(job, also=("slurmd",))
+    job.until(lambda job: "does not answer" in job.log)
+    start_node(job, "n2")
 
 
 def start_node(job, node):
@@ -325,7 +322,7 @@ EVENTS = [
     Event("`scontrol requeue` while data is prepared", preparing, requeue, says="DUE TO JOB REQUEUE"),
     Event("`scontrol requeue` while a checkpoint is saved", saving, requeue, says="DUE TO JOB REQUEUE"),
     Event("second node killed", at(15), kill_node("n2"), "zero3", says="DUE TO NODE FAILURE"),
-    Event("second node killed, back before Slurm has missed it", at(15), reboot_node("n2")),
+    Event("a node's processes and `slurmd` killed, which is back soon", at(15), kill_processes_and_slurmd),
     Event("first node killed", at(15), kill_node("n1"), says=""),
     Event("second node set down by an administrator", at(15), drop_node, says="DUE TO NODE FAILURE"),
     Event("`scontrol suspend`, then `resume`", at(5), suspend, restarts=0, says=""),
