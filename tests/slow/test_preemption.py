@@ -233,19 +233,23 @@ def nothing(job):
     pass
 
 
-def processes_of(node):
-    """The processes of a node: of its jobs, of what runs those, and its slurmd."""
+def processes_of(node, cluster):
+    """The processes of a node: of its jobs, of what runs those, and its slurmd. Other clusters have an n2, too."""
     marks = {f"SLURMD_NODENAME={node}", f"CLUSTER_NODE={node}"}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if marks & set((folder / "environ").read_bytes().decode(errors="replace").split("\0")):
+            said = set((folder / "environ").read_bytes().decode(errors="replace").split("\0"))
+            if marks & said and f"SLURM_CONF={cluster['SLURM_CONF']}" in said:
                 yield int(folder.name)
+                parent = int((folder / "status").read_text().partition("PPid:")[2].split()[0])
+                if is_daemon(parent):  # what runs a job has none of its environment
+                    yield parent
 
 
-def kill_all_of(node):
+def kill_all_of(node, cluster):
     """As when the power goes: all stopped first, and what could tell of another's end killed last."""
     found = set()
-    while left := set(processes_of(node)) - found:
+    while left := set(processes_of(node, cluster)) - found:
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
@@ -263,7 +267,7 @@ def is_daemon(pid):
 
 def kill_node(node):
     def act(job):
-        kill_all_of(node)
+        kill_all_of(node, job.cluster)
         end = time.monotonic() + 120
         while not job.slurm("sinfo", "--noheader", f"--nodes={node}", "--format=%t").startswith("down"):
             assert time.monotonic() < end
@@ -275,7 +279,7 @@ def kill_node(node):
 
 def kill_processes(job, also=()):
     """All processes of the job on a node, as when its memory is out."""
-    for pid in processes_of("n2"):
+    for pid in processes_of("n2", job.cluster):
         with contextlib.suppress(OSError):
             if not is_daemon(pid) or Path(f"/proc/{pid}/comm").read_text().strip() in also:
                 os.kill(pid, signal.SIGKILL)
