@@ -71,6 +71,14 @@ def test_right_launches(environment, variables):
     launch.require_launched()
 
 
+def test_a_dry_run_is_one_in_the_shell_of_two_tasks_too(environment):
+    environment(SLURM_STEP_NUM_TASKS="2")  # srun --nodes 2 --pty bash
+    launch.require_launched(dry_run=True)
+    environment(OMPI_COMM_WORLD_SIZE="2")  # which accelerate takes for a launch, and waits for the other
+    with pytest.raises(UserError, match="mpirun started 2"):
+        launch.require_launched(dry_run=True)
+
+
 def test_a_port_that_was_there_before_accelerate_is_none_of_its(environment, monkeypatch):
     environment(ACCELERATE_USE_CPU="False", MASTER_PORT="6000")
     monkeypatch.setattr(launch, "environment_of_parent", lambda: ["PATH", "MASTER_PORT"])

@@ -25,11 +25,11 @@ SAME_ROWS = (
 )
 
 
-def require_launched() -> None:
+def require_launched(dry_run: bool = False) -> None:
     """Refuse what the environment tells is no run that several processes train together. Raises `UserError`."""
     said = os.environ
     if "WORLD_SIZE" not in said:
-        require_meant_alone()
+        require_meant_alone(dry_run)
     elif said["WORLD_SIZE"] != "1" and "LOCAL_RANK" not in said:
         raise UserError(
             f"WORLD_SIZE={said['WORLD_SIZE']} is set and LOCAL_RANK is not: this process was started by hand or by a "
@@ -49,9 +49,14 @@ def require_launched() -> None:
             raise UserError(f"the launch config says parallelism_config_{size.lower()}: {number}: {name} {SAME_ROWS}")
 
 
-def require_meant_alone() -> None:
-    """Refuse a process that was started as one of several and knows of no other."""
+def require_meant_alone(dry_run: bool) -> None:
+    """Refuse a process that was started as one of several and knows of no other.
+
+    Of a dry run srun may start as many as it likes: the shell of `srun --nodes 2 --pty bash` is one of two tasks.
+    """
     for variable, starter in TASKS.items():
+        if dry_run and starter == "srun":
+            continue
         if (tasks := os.environ.get(variable, "1")) not in ("", "0", "1"):
             raise UserError(
                 f"{starter} started {tasks} processes ({variable}), and each would train alone: nothing told them of "
