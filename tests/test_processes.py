@@ -1,7 +1,10 @@
 """Processes of several machines: who fails tells the others, who waits says for whom, who is silent is missed."""
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -35,7 +38,6 @@ def two_machines(monkeypatch):
     monkeypatch.setattr(processes, "AT_ONCE", 0.05)
     monkeypatch.setattr(processes, "together", threading.Event())
     monkeypatch.setattr(processes, "hosts", {})
-    monkeypatch.setattr(processes, "heeded", None)
     return store
 
 
@@ -66,11 +68,11 @@ def listened(stop, monkeypatch, caplog, output_dir, task=processes.listen):
     ],
 )
 def test_who_fails_tells_the_others_which_end(error, text, two_machines, monkeypatch, caplog, tmp_path):
-    with pytest.raises(type(error)), processes.others_told():
+    with pytest.raises(type(error)), processes.others_told(Stop()):
         raise error
     who = f"process 2 on {os.uname().nodename}"
     assert two_machines.get(processes.FAILED).decode() == text.format(who)
-    with pytest.raises(ValueError), processes.others_told():
+    with pytest.raises(ValueError), processes.others_told(Stop()):
         raise ValueError("a later one, because of the first")
     code, said = listened(Stop(), monkeypatch, caplog, tmp_path)
     assert code == (75 if isinstance(error, Preempted) else 1)
@@ -86,11 +88,15 @@ def test_who_ends_by_itself_is_not_ended(two_machines, monkeypatch, caplog, tmp_
     assert listened(stop, monkeypatch, caplog, tmp_path) == (None, "")
 
 
-def test_a_stop_that_all_agreed_on_is_no_news(two_machines):
+@pytest.mark.parametrize("agreed", [True, False])
+def test_a_stop_that_all_agreed_on_is_no_news(agreed, two_machines):
+    """Also when all are ready to train: a signal while the model is loaded, or behind training, is one machine's."""
     processes.together.set()
-    with pytest.raises(Preempted), processes.others_told():
-        raise Preempted("SIGTERM, saved as checkpoint-3")
-    assert not two_machines.check([processes.FAILED])
+    stop = Stop()
+    with pytest.raises(Preempted), processes.others_told(stop):
+        raise (processes.Agreed if agreed else Preempted)("SIGTERM, saved as checkpoint-3")
+    assert two_machines.check([processes.FAILED]) is not agreed
+    assert stop.ended is not agreed
 
 
 @pytest.mark.parametrize("when", ["never seen", "seen", "in training", "after"])
@@ -175,7 +181,7 @@ def test_who_waits_says_for_whom(two_machines, monkeypatch, caplog):
     monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: two_machines)
     key = f"{processes.PREFIX}/the data"
     for rank in (0, 3):
-        two_machines.set(f"{key}/{rank}", "")
+        two_machines.append(f"{key}/ready", f"{rank} ")
         two_machines.add(key, 1)
     processes.hosts[0] = "node-a"
     threading.Timer(0.8, two_machines.add, (key, 1)).start()
@@ -186,12 +192,81 @@ def test_who_waits_says_for_whom(two_machines, monkeypatch, caplog):
     assert processes.together.is_set()
 
 
+class Counted:
+    """A store that counts what it is asked."""
+
+    def __init__(self):
+        self.store, self.asked = HashStore(), Counter()
+
+    def __getattr__(self, name):
+        self.asked[name] += 1
+        return getattr(self.store, name)
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_a_thousand_that_wait_do_not_ask_for_a_thousand_each(local_rank, monkeypatch, caplog):
+    for name, value in {"WORLD_SIZE": 1000, "RANK": local_rank, "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(processes, "PATIENCE", 0.2)
+    monkeypatch.setattr(processes, "together", threading.Event())
+    store = Counted()
+    monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: store)
+    threading.Timer(0.6, store.store.add, (f"{processes.PREFIX}/the data", 999)).start()
+    processes.wait_for_all("the data")
+    assert ("and waiting since" in caplog.text) is (local_rank == 0)
+    assert sum(store.asked.values()) < 20
+
+
+def test_who_waits_without_a_launcher_hears_of_failures_too(two_machines, monkeypatch):
+    """srun or a platform that says RANK, LOCAL_RANK and MASTER_ADDR itself: the first process keeps the store."""
+    for name in ("TORCHELASTIC_USE_AGENT_STORE", "GROUP_RANK", "GROUP_WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: two_machines)
+    monkeypatch.setattr(processes, "PATIENCE", 0.2)
+    with pytest.raises(UserError), processes.others_told(Stop()):
+        raise UserError("no room on this disk")
+    assert [processes.has_the_word(), processes.has_the_word()] == [True, False]
+    with pytest.raises(Stopped, match="process 2 on .*: no room on this disk"):
+        processes.wait_for_all("the data")
+
+
+STORE = """
+import time
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+store.set("key", "value")
+print(store.port, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_launcher_that_was_stopped_for_a_while_is_none_that_is_gone(two_machines, monkeypatch):
+    """A scheduler suspends jobs, for longer than a store has to answer at first."""
+    launcher = subprocess.Popen([sys.executable, "-c", STORE], stdout=subprocess.PIPE, text=True)
+    try:
+        monkeypatch.setenv("MASTER_PORT", launcher.stdout.readline().strip())
+        monkeypatch.setattr(processes, "REACHED", 1.0)
+        stores = []
+        monkeypatch.setattr(processes, "listen", lambda store, *others: stores.append(store))
+        stop = Stop()
+        stop.ended = True
+        processes.heed_others(stop, "out")
+        launcher.send_signal(signal.SIGSTOP)
+        threading.Timer(2.0, launcher.send_signal, (signal.SIGCONT,)).start()
+        assert stores[0].get("key") == b"value"
+    finally:
+        launcher.kill()
+        launcher.wait()
+
+
 def test_one_machine_needs_none_of_it(monkeypatch):
     for name in ("GROUP_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     processes.wait_for_all("the data")
     processes.heed_others(Stop(), "out")
-    with pytest.raises(UserError), processes.others_told():
+    with pytest.raises(UserError), processes.others_told(Stop()):
         raise UserError("as ever")
 
 
@@ -228,7 +303,7 @@ def test_without_a_store_the_first_of_a_machine_has_the_word(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert not processes.has_the_word()
-    assert processes.failure() == ""
+    assert processes.said_by_others() == ("", "")
 
 
 @pytest.mark.parametrize("machines", [1, 2])
@@ -236,20 +311,22 @@ def test_a_launcher_that_ends_those_that_are_left_is_no_preemption(machines, two
     monkeypatch.setenv("GROUP_WORLD_SIZE", str(machines))
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     record(str(tmp_path), status="running")
-    with pytest.raises(UserError), processes.others_told():
+    with pytest.raises(UserError), processes.others_told(Stop()):
         raise UserError("row 7 is broken")
-    processes.record_how(str(tmp_path), "preempted", "SIGTERM", begun=True)
+    processes.record_how(str(tmp_path), Preempted("SIGTERM"), begun=True)
     state = read_state(str(tmp_path))
     assert state["status"] == "failed"
     assert state["reason"] == f"process 2 on {os.uname().nodename}: row 7 is broken"
+    with pytest.raises(Stopped, match="row 7 is broken"), processes.others_told(Stop()):
+        raise Preempted("SIGTERM")
 
 
 def test_one_that_was_told_to_stop_is_no_failure(two_machines, tmp_path):
     record(str(tmp_path), status="running")
-    with pytest.raises(Preempted), processes.others_told():
+    with pytest.raises(Preempted), processes.others_told(Stop()):
         raise Preempted("SIGTERM")
-    assert processes.failure() == ""
-    processes.record_how(str(tmp_path), "preempted", "SIGTERM", begun=True)
+    assert processes.said_by_others()[0] == "preempted"
+    processes.record_how(str(tmp_path), Preempted("SIGTERM"), begun=True)
     assert (read_state(str(tmp_path))["status"], read_state(str(tmp_path))["reason"]) == ("preempted", "SIGTERM")
 
 
@@ -333,3 +410,12 @@ def test_output_directories_that_are_not_one(meet):
     assert len(set(told.values())) == 1
     assert "out on b (process 2) is not the directory of that name on a" in told[0]
     assert "a file system that all machines share" in told[0]
+
+
+def test_an_error_because_another_was_told_to_stop_is_no_failure(two_machines, tmp_path):
+    record(str(tmp_path), status="running")
+    with pytest.raises(Preempted), processes.others_told(Stop()):
+        raise Preempted("SIGTERM")
+    processes.record_how(str(tmp_path), RuntimeError("Connection closed by peer"), begun=True)
+    state = read_state(str(tmp_path))
+    assert (state["status"], state["reason"]) == ("preempted", f"process 2 on {os.uname().nodename}: SIGTERM")

@@ -8,13 +8,11 @@ reads it there and ends its machine.
 
 import contextlib
 import datetime
-import fcntl
 import json
 import logging
 import os
 import platform
 import socket
-import struct
 import sys
 import threading
 import time
@@ -44,10 +42,12 @@ PATIENCE, AGAIN = 10.0, 300.0  # seconds of waiting until a process says so, and
 SEEN_WITHIN = 60.0  # seconds until a file made on one machine is seen on another: as long as NFS caches a folder
 # Of the facts of a run (`resuming.facts_of`), what all processes must have, beside settings and our own code.
 COMPARED = ("data", "evaluated", "order", "rows_a_step", "launch", "precision", "base", "config_files", "versions")
-SIOCGIFADDR = 0x8915  # of linux/sockios.h: the IPv4 address of an interface
 together = threading.Event()  # set when all processes are known to be ready to train
 hosts: dict[int, str] = {}  # of the other machines, by their rank
-heeded: Stop | None = None  # what signals do to this process
+
+
+class Agreed(Preempted):
+    """The run was told to stop, and all processes have agreed on a step and saved it: no other needs to be told."""
 
 
 def several_machines() -> bool:
@@ -63,12 +63,14 @@ def can_speak() -> bool:
     Before, they find what this one finds, and none of them needs torch to say so.
     """
     met = (torch := sys.modules.get("torch.distributed")) and torch.is_available() and torch.is_initialized()
-    launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("WORLD_SIZE", "1") != "1"
-    return several_machines() or bool(launched and met)
+    return several_machines() or bool(met and os.environ.get("WORLD_SIZE", "1") != "1")
 
 
 def meet() -> "TCPStore":
-    """A connection of its own to the launchers' store: one that waits in C keeps others waiting. Raises `Stopped`."""
+    """A connection of its own to the launchers' store: one that waits in C keeps others waiting. Raises `Stopped`.
+
+    Processes that no launcher has started have a store at the same address, which goes with the first of them.
+    """
     from torch.distributed import TCPStore
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -89,49 +91,67 @@ def gone() -> str:
 
 
 @contextlib.contextmanager
-def others_told() -> Iterator[None]:
-    """Tell the other processes of an error that ends this one, whatever it is and however early."""
+def others_told(stop: Stop) -> Iterator[None]:
+    """Tell the other processes of an error that ends this one, whatever it is and however early.
+
+    Raises `Stopped` in place of `Preempted` where the signal was a launcher's, to those that are left by a failure.
+    """
     try:
         yield
+    except Agreed:
+        raise
     except (Exception, Preempted) as error:
-        told = isinstance(error, Preempted)
-        agreed = told and together.is_set() and not (heeded and heeded.waits)  # all stop at the same step
-        if can_speak() and not agreed:
-            reason = str(error) if told or isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        stop.ended = stop.leaving = True  # no signal cuts short what is said now
+        status, reason = how(error)
+        if status == "preempted" and (said := said_by_others())[0] == "failed":
+            raise Stopped(said[1]) from None
+        if can_speak():
             with contextlib.suppress(Stopped, RuntimeError):  # then they find out by themselves
                 who = f"process {os.environ['RANK']} on {platform.node()}"
-                tell("preempted" if told else "failed", f"{who}: {reason}")
+                meet().compare_set(FAILED, "", f"{status}\n{who}: {reason}")
                 if several_machines():
                     time.sleep(2 * POLL)  # the store goes with its launcher, which goes with this process
         raise
 
 
-def tell(status: str, reason: str) -> None:
-    """Say how the run ends, unless it is said already."""
-    meet().compare_set(FAILED, "", f"{status}\n{reason}")
+def how(error: BaseException) -> tuple[str, str]:
+    """How an error ends the run, `failed` or `preempted`, and why."""
+    if isinstance(error, Preempted):
+        return "preempted", str(error)
+    return "failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
-def failure() -> str:
-    """Why another process has failed, empty where none has said so."""
+def said_in(store: "TCPStore") -> tuple[str, str]:
+    """How another process has ended the run, `failed` or `preempted`, and why; empty where none has said so."""
+    status, _, reason = store.get(FAILED).decode().partition("\n") if store.check([FAILED]) else ("", "", "")
+    return status, reason
+
+
+def said_by_others() -> tuple[str, str]:
+    """`said_in` the store, where there is one that answers."""
     with contextlib.suppress(Stopped, RuntimeError):
-        if can_speak() and (store := meet()).check([FAILED]):
-            status, _, reason = store.get(FAILED).decode().partition("\n")
-            return reason if status == "failed" else ""
-    return ""
+        if can_speak():
+            return said_in(meet())
+    return "", ""
 
 
 def has_the_word() -> bool:
     """Whether it is this process that says on its machine why the run cannot go on: the first to know."""
     with contextlib.suppress(Stopped, RuntimeError):
         if can_speak():
-            return meet().add(f"{PREFIX}/said on {os.environ['GROUP_RANK']}", 1) == 1
+            machine = os.environ.get("GROUP_RANK", platform.node())
+            return meet().add(f"{PREFIX}/said on {machine}", 1) == 1
     return os.environ.get("LOCAL_RANK", "0") == os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 
 
-def record_how(output_dir: str, status: str, reason: str, begun: bool) -> None:
-    """`record_end`, where a signal may only be a launcher's that ends those that are left by a failure."""
-    if status == "preempted" and (why := failure()):
-        status, reason = "failed", why
+def record_how(output_dir: str, error: BaseException, begun: bool) -> None:
+    """`record_end`, by who ended first: a signal may only be a launcher's, to those that are left by a failure, and an
+    error may only be that a process is gone which was told to stop.
+    """
+    status, reason = how(error)
+    first, why = said_by_others()
+    if first not in ("", status):
+        status, reason = first, why
     record_end(output_dir, status, reason, begun)
 
 
@@ -140,14 +160,13 @@ def heed_others(stop: Stop, output_dir: str) -> None:
 
     To be called before the process group is made, which waits for all processes too.
     """
-    global heeded
     if not several_machines():
         return
-    heeded = stop
     if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := interface_to(os.environ["MASTER_ADDR"])):
         os.environ["GLOO_SOCKET_IFNAME"] = interface  # else gloo takes the one that the machine's own name stands for
     if os.environ["LOCAL_RANK"] == "0":  # the launcher ends the others with it
         store, looks = meet(), Counter()
+        store.set_timeout(datetime.timedelta(seconds=ABSENT))  # a launcher that was stopped goes on: see `overlook`
         for task in (listen, overlook):
             threading.Thread(target=task, args=(store, looks, stop, output_dir), daemon=True, name="others").start()
 
@@ -162,11 +181,10 @@ def listen(store: "TCPStore", looks: Counter, stop: Stop, output_dir: str) -> No
     # The first looks for all others and tells them, the others look for the first: not each for each.
     signs, trained = {other: ("", 0) for other in range(machines) if (other == 0) != (me == 0)}, False
     while not stop.ended:
-        status, reason = "failed", ""
+        status = reason = ""
         try:
-            if store.check([FAILED]):
-                status, _, reason = store.get(FAILED).decode().partition("\n")
-            elif not trained or stop.waits:
+            status, reason = said_in(store)
+            if not reason and (not trained or stop.waits):
                 store.set(f"{ALIVE}/{me}", f"{platform.node()} {looks['done']}")
                 for other, (before, seen) in signs.items():
                     sign = store.get(f"{ALIVE}/{other}").decode() if store.check([f"{ALIVE}/{other}"]) else ""
@@ -182,7 +200,7 @@ def listen(store: "TCPStore", looks: Counter, stop: Stop, output_dir: str) -> No
                 return
             reason = gone()
         if reason:
-            leave(stop, output_dir, status, reason)
+            leave(stop, output_dir, status or "failed", reason)
         trained = trained or stop.waits
         looks["done"] += 1
         time.sleep(POLL)
@@ -213,9 +231,10 @@ def wait_for_all(what: str) -> None:
     """Wait until all processes have come here, however long that takes, and say for whom.
 
     Machines with file systems of their own prepare `what` for themselves, one perhaps for hours longer than another:
-    in a collective that would be an error. Raises `Stopped` when the first machine's launcher ends meanwhile.
+    in a collective that would be an error. Raises `Stopped` when the first machine's launcher ends meanwhile, or when
+    another process says that it has ended.
     """
-    processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    processes, rank = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0")
     if processes == 1:
         return
     from torch.distributed.distributed_c10d import _get_default_store
@@ -223,17 +242,18 @@ def wait_for_all(what: str) -> None:
     store, key = _get_default_store(), f"{PREFIX}/{what}"
     since, patience = time.monotonic(), PATIENCE
     try:
-        store.set(f"{key}/{rank}", "")
+        store.append(f"{key}/ready", f"{rank} ")  # one value, not one each: a thousand processes ask for it at once
         store.add(key, 1)
         while store.add(key, 0) < processes:
-            time.sleep(0.1 if time.monotonic() - since < PATIENCE else POLL)
-            if time.monotonic() - since > patience:
+            waited = time.monotonic() - since
+            time.sleep(0.1 if waited < PATIENCE else POLL)
+            if waited > patience and os.environ.get("LOCAL_RANK", "0") == "0":
                 patience += AGAIN
-                missing = [other for other in range(processes) if not store.check([f"{key}/{other}"])]
-                if missing and os.environ.get("LOCAL_RANK", "0") == "0":
-                    logger.info(
-                        "%s: ready, and waiting since %d s for %s", what, time.monotonic() - since, named(missing)
-                    )
+                if why := said_by_others()[1]:  # without launchers nothing else says so
+                    raise Stopped(why)
+                ready = set(store.get(f"{key}/ready").decode().split())
+                if missing := [other for other in range(processes) if str(other) not in ready]:
+                    logger.info("%s: ready, and waiting since %d s for %s", what, waited, named(missing))
     except RuntimeError as error:
         raise Stopped(gone()) from error
     together.set()
@@ -351,11 +371,12 @@ def named(ranks: list[int], most: int = 8) -> str:
 
 def interface_to(address: str) -> str | None:
     """The network interface with the IPv4 address that this machine has towards `address`; None if none is found."""
+    import psutil
+
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((address, 9))  # sends nothing
-        mine = socket.inet_aton(probe.getsockname()[0])
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # has no address
-                if fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))[20:24] == mine:
-                    return name
+        mine = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if mine in (each.address for each in addresses):
+                return name
     return None

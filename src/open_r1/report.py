@@ -17,6 +17,7 @@ from open_r1.errors import UserError
 from open_r1.faults import watch
 from open_r1.findings import Finding, as_text, has_errors
 from open_r1.handover import answers, parameters, verify
+from open_r1.processes import Agreed
 from open_r1.recipe import Recipe
 from open_r1.stopping import Preempted
 
@@ -45,7 +46,7 @@ def train(trainer: "OrderedTrainer") -> None:
         watch(None)
     if trainer.preempted:
         step = trainer.state.global_step
-        raise Preempted(f"{trainer.told}, saved as checkpoint-{step}")
+        raise Agreed(f"{trainer.told}, saved as checkpoint-{step}")
     with room(out, "the final model"):
         save_model(trainer, out)
         save_results(trainer, "train", metrics)

@@ -21,15 +21,7 @@ if not __package__:  # run as a script: what stands beside it must not hide othe
 from open_r1.checkpoints import room
 from open_r1.errors import Stopped, UserError
 from open_r1.launch import require_launched, require_world
-from open_r1.processes import (
-    failure,
-    has_the_word,
-    heed_others,
-    others_told,
-    record_how,
-    require_one_run,
-    wait_for_all,
-)
+from open_r1.processes import has_the_word, heed_others, others_told, record_how, require_one_run, wait_for_all
 from open_r1.recipe import Recipe, load_recipe, set_environment, written_out
 from open_r1.resuming import checkpoint_of, earlier_run, facts_of, finished
 from open_r1.run_state import held, holder, record, record_end
@@ -48,29 +40,28 @@ def main(argv: list[str] | None = None) -> int:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     try:
-        with others_told():
+        with heeded() as stop, others_told(stop):
             recipe = load_recipe(sys.argv[1:] if argv is None else argv)
-            require_launched()
+            dry_run = recipe.values.get("dry_run") not in (None, False)
+            require_launched(dry_run)
             output_dir = recipe.values["output_dir"] = os.path.expanduser(recipe.values.get("output_dir", "data/sft"))
-            with heeded() as stop:
-                if recipe.values.get("dry_run") not in (None, False):
-                    return run(recipe, stop)
-                with held(output_dir):
-                    return begun(recipe, stop)
+            if dry_run:
+                return run(recipe, stop)
+            with held(output_dir):
+                return begun(recipe, stop)
     except UserError as error:
         if has_the_word():
             print(f"\n{error}", file=sys.stderr)
         return 1 if isinstance(error, Stopped) else 2
     except Preempted as signal:
-        if not failure():
-            logger.warning("stopped: %s; the same command goes on", signal)
+        logger.warning("stopped: %s; the same command goes on", signal)
         return EXIT_CODE
 
 
 def begun(recipe: Recipe, stop: Stop) -> int:
     """Run it, and see to it that `run_state.json` says how it ended, whatever ends it."""
     output_dir = recipe.values["output_dir"]
-    stop.last_words = lambda reason: record_how(output_dir, "preempted", reason, stop.begun)
+    stop.last_words = lambda reason: record_how(output_dir, Preempted(reason), stop.begun)
     try:
         if (step := finished(output_dir, recipe.values)) is not None:
             logger.info("this run finished at step %d, its model is in %s: nothing to do", step, output_dir)
@@ -78,9 +69,7 @@ def begun(recipe: Recipe, stop: Stop) -> int:
         return run(recipe, stop)
     except BaseException as error:
         stop.ended = stop.leaving = True  # the launcher's signals to those that are left must not cut this short
-        told = isinstance(error, Preempted)
-        reason = str(error) if told or isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        record_how(output_dir, "preempted" if told else "failed", reason, stop.begun)
+        record_how(output_dir, error, stop.begun)
         raise
 
 
