@@ -54,7 +54,7 @@ def record_end(output_dir: str, status: str, reason: str, begun: bool = True) ->
         return
     if not begun and (rank != "0" or before == "complete" or (before is None and status != "preempted")):
         return
-    another = reason.startswith("process ")  # which has said so (`processes.failure`)
+    another = reason.startswith("process ")  # which has said so (`processes.others_told`)
     of = f"process {rank}: " if begun and processes != "1" and status == "failed" and not another else ""
     facts = {"status": status, "reason": f"{of}{reason}", **({} if begun else holder())}
     with contextlib.suppress(OSError):  # what failed is about to be raised
