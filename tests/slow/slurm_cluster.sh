@@ -53,7 +53,7 @@ ReturnToService=2
 SlurmdTimeout=60
 KillWait=30
 GresTypes=gpu
-NodeName=n[1-$nodes] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + nodes))] CPUs=$(nproc) Gres=gpu:8
+NodeName=n[1-$nodes] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + nodes))] CPUs=16 Gres=gpu:8
 PartitionName=main Nodes=ALL Default=YES State=UP
 END
     munged --force --key-file="$dir/munge.key" --socket="$dir/munge.socket" --pid-file="$dir/munged.pid" \

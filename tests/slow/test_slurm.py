@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -210,6 +211,116 @@ def test_two_nodes_train_the_docstring_recipe_as_two_local_processes_do(launch, 
     assert len(losses(root / "two")) == 50
 
 
+SLURM = {  # what the job's shell asks of Slurm, by programs in its place
+    "srun": """
+        if [[ ${*: -1} == true ]]; then [[ ! ${NODE_LOST-} ]] || ! mkdir "$NODE_LOST" 2>/dev/null; exit; fi
+        for word; do [[ $word != --gres* ]] || echo "$word" >>"$CALLS"; done
+        exec bash -c "$RUN" """,
+    "sleep": """
+        exec /bin/sleep "${1/#10/0.1}" """,
+    "squeue": """
+        [[ $SLURM_TIME_FORMAT == standard ]] && echo "$END" || date "+%d %b" """,
+    "scontrol": """
+        case $1$2 in
+        showhostnames) echo n1 ;;
+        shownode) echo "   NodeAddr=10.0.0.1 NodeHostName=n1 Version=24.11" ;;
+        showjob) echo "   PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=${PREEMPTED:-None}" ;;
+        requeue*) echo "requeue $2" >>"$CALLS" && exit 1 ;;
+        esac""",
+}
+HEEDING = "trap 'sleep 1; echo saved; exit 1' USR1 INT; touch \"$CALLS\"; for n in {1..100}; do sleep 0.1; done"
+
+
+class TestShellOfTheJob:
+    """What it does with what Slurm says, without a Slurm."""
+
+    def start(self, root, *argv, **env):
+        (root / "bin").mkdir(exist_ok=True)
+        for name, does in SLURM.items():
+            (root / "bin" / name).write_text(f"#!/bin/bash\n{does}\n")
+            (root / "bin" / name).chmod(0o755)
+        job = {"SLURM_JOB_ID": 7, "SLURM_JOB_NAME": "a job", "SLURM_JOB_NUM_NODES": 1, "SLURM_JOB_NODELIST": "n1"}
+        known = environment(**job, **{"SLURM_GPUS_ON_NODE": 2, "CALLS": root / "calls", "RUN": "exit 1", **env})
+        (root / "site.sh").write_text(f'PATH="{root}/bin:{known["PATH"]}"\n{known.get("SITE", "")}\n')
+        known["OPEN_R1_SITE"] = str(root / "site.sh")
+        return subprocess.Popen(
+            ["bash", "slurm/train.slurm", *map(str, argv or DEMO)],
+            cwd=root,
+            env=known,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def end(self, root, *argv, send=None, **env):
+        """Its exit code, its log, and what it asked for."""
+        job = self.start(root, *argv, **env)
+        if send is not None:
+            while not (root / "calls").exists():
+                time.sleep(0.05)
+            time.sleep(0.5)
+            job.send_signal(send)
+        log, _ = job.communicate(timeout=60)
+        calls = (root / "calls").read_text().splitlines() if (root / "calls").exists() else []
+        return job.returncode, log, calls
+
+    def test_a_failure_is_not_put_back(self, root):
+        code, log, calls = self.end(root, RUN="exit 3")
+        assert (code, calls) == (3, ["--gres=gpu:2"]), (
+            log
+        )  # a step would get what sbatch asked for, a node may have more
+
+    def test_preempted_with_time_to_save_it_is_put_back(self, root):
+        """Slurm signals the processes alone, and takes the job away later: by then it had failed."""
+        code, log, calls = self.end(root, PREEMPTED="2026-01-01T00:00:00")
+        assert (code, calls[1:]) == (75, ["requeue 7"]), log
+
+    def test_of_an_array_one_task_is_put_back(self, root):
+        env = {"SLURM_ARRAY_JOB_ID": 7, "SLURM_ARRAY_TASK_ID": 2}
+        assert self.end(root, NODE_LOST=root / "lost", **env)[2][1:] == ["requeue 7_2"]
+
+    @pytest.mark.parametrize("end", ["", "NONE", "2099-01-01T00:00:00"])
+    def test_time_left_to_save_is_left(self, root, end):
+        code, log, calls = self.end(root, RUN=HEEDING, send=signal.SIGUSR1, END=end, SLURM_TIME_FORMAT="%d %b")
+        assert "saved\n" in log
+        assert "not saved in time" not in log
+        assert (code, calls[1:]) == (75, ["requeue 7"])
+
+    def test_no_time_left_to_save(self, root):
+        log = self.end(root, RUN=HEEDING, send=signal.SIGUSR1, END="2026-01-01T00:00:00")[1]
+        assert "not saved in time" in log
+
+    def test_a_site_file_that_wants_no_failures(self, root):
+        code, log, calls = self.end(root, RUN=HEEDING, send=signal.SIGUSR1, SITE="set -euo pipefail")
+        assert "ended with exit code 1" in log
+        assert (code, calls[1:]) == (75, ["requeue 7"])
+
+    def test_in_a_terminal_ctrl_c_saves_and_ends_it(self, root):
+        code, log, calls = self.end(root, RUN=HEEDING, send=signal.SIGINT)
+        assert "saved\n" in log
+        assert (code, calls[1:]) == (1, [])
+
+    @pytest.mark.parametrize("prepare", ["", "yes"])
+    def test_no_end_of_starts_that_come_to_nothing(self, root, prepare):
+        """Nor where nothing tells of progress: data that is prepared, a recipe that cannot be read."""
+        argv = [*DEMO, "--", "--learning_rte", "1"]
+        put_back = []
+        for count in range(5):
+            (root / "calls").unlink(missing_ok=True)
+            env = {"NODE_LOST": root / f"lost{count}", "SLURM_RESTART_COUNT": count, "PREPARE_ONLY": prepare}
+            _, log, calls = self.end(root, *argv, **env)
+            put_back.append("requeue 7" in calls)
+        assert put_back == [True, True, True, False, False], log
+
+    def test_slurm_may_log_elsewhere(self, root):
+        (root / "logs").rmdir()
+        assert self.end(root, RUN="exit 0")[0] == 0
+        assert (root / "logs/a job-7.starts").exists()
+
+    def test_the_package_is_found_where_it_is_not_installed(self, root):
+        assert f"{root}/src\n" in self.end(root, RUN="echo ${PYTHONPATH%%:*}")[1]
+
+
 STAND_IN = """
 import json, os, sys
 
@@ -241,7 +352,7 @@ def test_hostile_arguments_reach_every_process_unchanged(cluster, root):
 
 
 def test_a_dry_run_in_a_job_shows_what_its_allocation_gives(cluster, root):
-    code, log = sbatch(root, cluster, "--dry-run", *DEMO)
+    code, log = sbatch(root, cluster, "--dry-run", *DEMO, OPEN_R1_ENTRY="scripts/chat.py")  # which is not planned
     assert code == 0, log
     assert "--num_machines 2" in log
     assert "--num_processes 16" in log  # 2 nodes of 8 GPUs, as the #SBATCH lines ask
