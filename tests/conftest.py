@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -138,7 +139,10 @@ def cluster(tmp_path_factory):
         pytest.skip(up.stderr.strip())
     try:
         assert up.returncode == 0, up.stderr
-        yield {"SLURM_CONF": folder / "slurm.conf"}
+        with socket.socket() as free:  # not that of a job of the same number in another cluster here
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        yield {"SLURM_CONF": folder / "slurm.conf", "MASTER_PORT": port}
     finally:
         subprocess.run(["bash", script, "down", folder], check=True)
 
