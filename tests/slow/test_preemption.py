@@ -229,6 +229,12 @@ def suspend(job):
     job.slurm("scontrol", "resume", job.number)
 
 
+def preempt(job):
+    """A job of more priority wants the nodes: this one has the partition's GraceTime to save."""
+    more = ["--partition=urgent", "--nodes=2", "--exclusive", f"--output={job.root}/urgent.out"]
+    job.slurm("sbatch", *more, "--wrap=sleep 5")
+
+
 def nothing(job):
     pass
 
@@ -330,6 +336,7 @@ EVENTS = [
     Event("`scontrol requeue` in training", at(15), requeue, "zero3", says="DUE TO JOB REQUEUE"),
     Event("`scontrol requeue` while data is prepared", preparing, requeue, says="DUE TO JOB REQUEUE"),
     Event("`scontrol requeue` while a checkpoint is saved", saving, requeue, says="DUE TO JOB REQUEUE"),
+    Event("preempted by a job of more priority, with `GraceTime`", at(15), preempt, says="preempted"),
     Event("second node killed", at(15), kill_node("n2"), "zero3", says="DUE TO NODE FAILURE"),
     Event("a node's processes and `slurmd` killed, which is back soon", at(15), kill_processes_and_slurmd),
     Event("first node killed", at(15), kill_node("n1"), says=""),
