@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import platform
+import signal
 import socket
 import sys
 import threading
@@ -38,6 +39,7 @@ FAILED, ALIVE = f"{PREFIX}/failed", f"{PREFIX}/alive"
 POLL = 1.0  # seconds between two looks at the store
 REACHED = 15.0  # seconds within which the store answers: it was there before this process
 SILENT, ABSENT = 600.0, 1800.0  # seconds without a sign of life of a machine: while data is prepared; at other times
+FIRST = 20.0  # seconds that the first process of a machine has for saying what all of it find, before the next says it
 PATIENCE, AGAIN = 10.0, 300.0  # seconds of waiting until a process says so, and says so again
 SEEN_WITHIN = 60.0  # seconds until a file made on one machine is seen on another: as long as NFS caches a folder
 # Of the facts of a run (`resuming.facts_of`), what all processes must have, beside settings and our own code.
@@ -141,7 +143,12 @@ def has_the_word() -> bool:
         if can_speak():
             machine = os.environ.get("GROUP_RANK", platform.node())
             return meet().add(f"{PREFIX}/said on {machine}", 1) == 1
-    return os.environ.get("LOCAL_RANK", "0") == os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if (
+        os.environ.get("LOCAL_RANK", "0") != "0"
+    ):  # its end would have the launcher end the first before that has spoken
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which slurm/train.slurm has ignored
+        time.sleep(FIRST)
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 
 
 def record_how(output_dir: str, error: BaseException, begun: bool) -> None:
