@@ -146,7 +146,8 @@ def has_the_word() -> bool:
     if (
         os.environ.get("LOCAL_RANK", "0") != "0"
     ):  # its end would have the launcher end the first before that has spoken
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which slurm/train.slurm has ignored
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which slurm/train.slurm has ignored
         time.sleep(FIRST)
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 
