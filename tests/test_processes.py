@@ -11,7 +11,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from torch.distributed import HashStore, TCPStore
+from torch.distributed import DistNetworkError, HashStore, TCPStore
 
 from open_r1 import processes
 from open_r1.errors import Stopped, UserError
@@ -322,6 +322,14 @@ def test_a_launcher_that_ends_those_that_are_left_is_no_preemption(machines, two
     assert state["reason"] == f"process 2 on {os.uname().nodename}: row 7 is broken"
     with pytest.raises(Stopped, match="row 7 is broken"), processes.others_told(Stop()):
         raise Preempted("SIGTERM")
+
+
+def test_a_store_that_went_says_what_was_said_in_it(two_machines):
+    with pytest.raises(Stopped, match="the launcher of the first machine"), processes.others_told(Stop()):
+        raise DistNetworkError("Failed to recv, got 0 bytes")
+    two_machines.set(processes.FAILED, "failed\nprocess 0 on node-a: no such recipe")
+    with pytest.raises(Stopped, match="process 0 on node-a: no such recipe"), processes.others_told(Stop()):
+        raise DistNetworkError("Failed to recv, got 0 bytes")
 
 
 def test_one_that_was_told_to_stop_is_no_failure(two_machines, tmp_path):

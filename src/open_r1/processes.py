@@ -107,6 +107,8 @@ def others_told(stop: Stop) -> Iterator[None]:
         status, reason = how(error)
         if status == "preempted" and (said := said_by_others())[0] == "failed":
             raise Stopped(said[1]) from None
+        if several_machines() and type(error).__name__ in ("DistNetworkError", "DistStoreError"):
+            raise Stopped(said_by_others()[1] or gone()) from error  # the store went, with the launcher that kept it
         if can_speak():
             with contextlib.suppress(Stopped, RuntimeError):  # then they find out by themselves
                 who = f"process {os.environ['RANK']} on {platform.node()}"
