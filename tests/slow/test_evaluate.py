@@ -114,7 +114,9 @@ class TestByHand:
 
     @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
     def test_shellcheck(self):
-        done = subprocess.run(["shellcheck", "slurm/evaluate.slurm"], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            ["shellcheck", "slurm/evaluate.slurm", "slurm/environment.sh"], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout
 
 

@@ -164,7 +164,11 @@ class TestDryRun:
 
     @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
     def test_shellcheck(self):
-        scripts = [*map(str, Path(ROOT / "slurm").glob("*.slurm")), "tests/slow/slurm_cluster.sh"]
+        scripts = [
+            *map(str, Path(ROOT / "slurm").glob("*.slurm")),
+            "slurm/environment.sh",
+            "tests/slow/slurm_cluster.sh",
+        ]
         done = subprocess.run(["shellcheck", *scripts], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
 
