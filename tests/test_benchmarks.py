@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, settings
 
-from open_r1 import benchmarks, report
+from open_r1 import benchmarks, finish
 from open_r1.benchmarks import BENCHMARKS, model_parameters, submit
 from open_r1.errors import UserError
 from open_r1.run_state import read_state
@@ -105,8 +105,8 @@ class TestSubmission:
         def fails(*_):
             raise UserError("answers do not stop")
 
-        monkeypatch.setattr(report, "verification", fails)
-        monkeypatch.setattr(report, "submit", lambda args: pytest.fail("submitted"))
+        monkeypatch.setattr(finish, "verification", fails)
+        monkeypatch.setattr(finish, "submit", lambda args: pytest.fail("submitted"))
         data = {"model_name_or_path": tiny_model, "dataset_name": chat_file, "dataset_max_samples": 40}
         out = tmp_path / "out"
         assert main(settings(**data, output_dir=out, max_steps=1, benchmarks="aime24")) == 1

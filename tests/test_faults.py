@@ -244,7 +244,7 @@ class TestSignals:
     def test_after_training_the_next_start_finishes(self, argv, tmp_path, monkeypatch, whole):
         values, whole = SCHEDULES["evaluated by steps"], whole("evaluated by steps")
         with monkeypatch.context() as patch:
-            patch.setattr("open_r1.report.write_manifest", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+            patch.setattr("open_r1.finish.write_manifest", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
             assert main(argv("torn", **values)) == EXIT_CODE
         assert read_state(str(tmp_path / "torn"))["status"] == "preempted"
         assert main(argv("torn", **values)) == 0

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qw
 
 from open_r1.errors import UserError
 from open_r1.findings import Finding, has_errors
+from open_r1.finish import prompts_of
 from open_r1.handover import load, parameters, verify
-from open_r1.report import prompts_of
 from open_r1.sft import main
 
 QUESTION = "Are you there?"
@@ -395,13 +395,13 @@ class TestRun:
     def test_a_broken_save_fails_the_run_and_keeps_the_model(
         self, tiny_model, ready, tmp_path, monkeypatch, caplog, capsys
     ):
-        import open_r1.report
+        import open_r1.finish
 
         def spoilt(out, **kwargs):
             edit(Path(out) / "generation_config.json", eos_token_id=0)
             return verify(out, **kwargs)
 
-        monkeypatch.setattr(open_r1.report, "verify", spoilt)
+        monkeypatch.setattr(open_r1.finish, "verify", spoilt)
         out = tmp_path / "run"
         argv = self.argv(tiny_model, ready, out)
         assert main(argv) == 1
@@ -423,8 +423,8 @@ class TestRun:
         untaught = [record for record in caplog.records if "0 of 2 answers stopped" in record.message]
         assert [record.levelname for record in untaught] == ["WARNING"]
         assert (tmp_path / "two" / "generation_config.json").is_file()
-        monkeypatch.setattr("open_r1.report.ANSWERS", 43_968)
-        monkeypatch.setattr("open_r1.report.answers", lambda *_: pytest.fail("answered"))
+        monkeypatch.setattr("open_r1.finish.ANSWERS", 43_968)
+        monkeypatch.setattr("open_r1.finish.answers", lambda *_: pytest.fail("answered"))
         assert main(self.argv(tiny_model, ready, tmp_path / "three")) == 0
         assert "no prompt was answered: that is done below 0M parameters here" in caplog.text
 

@@ -87,10 +87,10 @@ def run(recipe: Recipe, stop: Stop) -> int:
     from open_r1.callbacks import get_callbacks, ready_branch
     from open_r1.chat import get_tokenizer
     from open_r1.faults import free_builds
+    from open_r1.finish import after_saving, end, summarize, train
     from open_r1.model import adapter_config, check_model, get_model
     from open_r1.order import order_of
     from open_r1.preparation import prepare
-    from open_r1.report import after_saving, end, summarize, train
     from open_r1.trackers import name_run
     from open_r1.trainer import OrderedTrainer, tell_libraries, trainer_arguments
 

@@ -107,7 +107,7 @@ PLANT = {
     "accelerate.state": plant_in_state,
     "open_r1.trainer": plant_in_trainer,
     "open_r1.checkpoints": lambda module: before(module, "require_room", lambda out, name: fill("full at save", out)),
-    "open_r1.report": lambda module: before(module, "save_model", lambda trainer, out: fill("full at end", out)),
+    "open_r1.finish": lambda module: before(module, "save_model", lambda trainer, out: fill("full at end", out)),
     "open_r1.model": plant_in_loading,
     "transformers.models.qwen3.modeling_qwen3": plant_in_model,
 }
