@@ -23,8 +23,8 @@ LENGTHS = np.random.default_rng(0).integers(5, 200, size=103)
 ROWS = 26
 
 
-def order_of(batch=8, lengths=LENGTHS, seed=3, strategy="random", longest_first=True):
-    return Order(lengths, seed, batch, strategy, longest_first)
+def order_of(batch=8, lengths=LENGTHS, seed=3, strategy="random", longest_first=True, **dealt):
+    return Order(lengths, seed, batch, strategy, longest_first, **dealt)
 
 
 def epoch_of(order, epoch):
@@ -58,8 +58,9 @@ class TestTheStream:
 
     @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
     @pytest.mark.parametrize(("ranks", "each"), [(1, 24), (1, 4), (2, 12), (2, 3), (3, 2), (4, 6)])
-    def test_accelerate_deals_the_same_rows_to_each_step_of_any_launch(self, strategy, ranks, each):
-        order = order_of(24, strategy=strategy)
+    @pytest.mark.parametrize("flat", [False, True], ids=["padded", "flattened"])
+    def test_accelerate_deals_the_same_rows_to_each_step_of_any_launch(self, strategy, ranks, each, flat):
+        order = order_of(24, strategy=strategy, each=each, padding_free=flat)
         stream = order.rows(0, 3 * len(order)).reshape(-1, 24)
         for epoch in range(3):
             order.epoch = epoch
@@ -71,7 +72,10 @@ class TestTheStream:
             for step in range(order.steps):
                 taken = slice(step * accumulated, (step + 1) * accumulated)
                 rows = [row for micro in zip(*(batches[taken] for batches in dealt), strict=True) for row in micro]
-                assert sum(rows, []) == stream[epoch * order.steps + step].tolist()
+                number = epoch * order.steps + step
+                assert rows == order.batches_of(number + 1).tolist()
+                assert sorted(sum(rows, [])) == sorted(stream[number].tolist())
+                assert order.of_step(number + 1).tolist() == stream[number].tolist()
             assert [len(batches) for batches in dealt] == [order.steps * accumulated] * ranks
 
 
@@ -111,6 +115,30 @@ class TestLengths:
         order = order_of(8, seed=seed)
         sizes = LENGTHS[order.rows(0, 5 * len(order))].reshape(-1, 8).max(axis=1)
         assert sizes[1] == sizes.max() == LENGTHS.max()
+
+    def test_a_step_is_dealt_out_so_that_little_is_padded(self):
+        lengths = np.minimum(np.random.default_rng(1).lognormal(4, 1, size=5003).astype(int) + 1, 512)
+
+        def padding(each):
+            order = order_of(128, lengths, each=each)
+            sizes = lengths[np.stack([order.batches_of(step) for step in range(1, order.steps + 1)])]
+            return 1 - sizes.sum() / (sizes.max(axis=-1).sum() * each)
+
+        unsorted = lengths[order_of(128, lengths).rows(0, 4992)].reshape(-1, 8)
+        assert padding(8) < 0.25 * (1 - unsorted.sum() / (unsorted.max(axis=1).sum() * 8))
+
+    def test_without_padding_all_processes_have_as_many_tokens(self):
+        lengths = np.minimum(np.random.default_rng(1).lognormal(4, 1, size=5003).astype(int) + 1, 512)
+
+        def idle(order):
+            """The share of time in which a process waits for the one that has the most tokens."""
+            sums = lengths[np.stack([order.batches_of(step) for step in range(1, order.steps + 1)])].sum(axis=-1)
+            turns = sums.reshape(order.steps, -1, 8)  # of eight processes
+            return 1 - turns.mean() / turns.max(axis=-1).mean()
+
+        even, as_drawn = order_of(256, lengths, each=8, padding_free=True), order_of(256, lengths, each=8)
+        as_drawn.dealt = lambda rows: rows
+        assert idle(even) < 0.01 < 0.3 < idle(as_drawn)
 
     def test_one_step_an_epoch(self):
         order = order_of(60)
@@ -184,8 +212,11 @@ def seen(monkeypatch):
     found, training_step, init = {"rows": [], "order": []}, OrderedTrainer.training_step, OrderedTrainer.__init__
 
     def spy(self, model, inputs, *args, **kwargs):
-        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
-            found["rows"].append((self.state.global_step, tuple(ids[mask.bool()].tolist())))
+        if "attention_mask" in inputs:
+            rows = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+        else:
+            rows = inputs["input_ids"][0].split(inputs["cu_seq_lens_q"].diff().tolist())
+        found["rows"] += [(self.state.global_step, tuple(row.tolist())) for row in rows]
         return training_step(self, model, inputs, *args, **kwargs)
 
     def keep(self, *args, order, **kwargs):
@@ -203,9 +234,11 @@ class TestARun:
         told, _ = run("run", per_device_train_batch_size=2, gradient_accumulation_steps=2)
         order, ids = seen["order"][0], seen["dataset"]["input_ids"]
         assert order.lengths.tolist() == [len(row) for row in ids]
+        dealt = np.concatenate([order.batches_of(step).ravel() for step in range(1, 13)]).tolist()
         assert [(step, list(row)) for step, row in seen["rows"]] == [
-            (place // 4, ids[row]) for place, row in enumerate(order.rows(0, 48).tolist())
+            (place // 4, ids[row]) for place, row in enumerate(dealt)
         ]
+        assert np.sort(np.reshape(dealt, (12, 4))).tolist() == np.sort(order.rows(0, 48).reshape(12, 4)).tolist()
         assert [line["step"] for line in told] == list(range(1, 13))
         assert [line["epoch"] for line in told] == [0] * 7 + [1] * 5
         assert [line["rows"] for line in told] == rows_of(order, 12)
@@ -342,10 +375,10 @@ class TestProof:
     @pytest.mark.parametrize("flat", [False, True], ids=["padded", "flattened"])
     def test_batches_that_are_not_the_orders_stop_it(self, ranks, flat):
         rows = Dataset.from_dict({"input_ids": [list(range(n, n + size)) for n, size in enumerate(LENGTHS.tolist())]})
-        order = order_of(8)
+        order = order_of(8, each=2, padding_free=flat)
 
         def batches(step, rank):
-            taken = order.of_step(step).reshape(-1, ranks, 2)[:, rank]
+            taken = order.batches_of(step)[rank::ranks]
             made = []
             for numbers in taken:
                 ids = [torch.tensor(rows[int(number)]["input_ids"]) for number in numbers]

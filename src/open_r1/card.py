@@ -41,6 +41,9 @@ SETTINGS = (
     "weight_decay",
     "max_length",
     "packing",
+    "padding_free",
+    "activation_checkpointing",
+    "dataloader_num_workers",
     "seed",
 )
 OF_A_SOURCE = ("source", "rows_in_source", "rows_in", "trained", "dropped", "tokens", "supervised", "achieved_share")

@@ -416,6 +416,28 @@ class SFTConfig(trl.SFTConfig):
     # Upstream's defaults that hurt: 30 min of silence kills a job whose rank 0 still loads, metrics print once per
     # node, and the old name of activation checkpointing warns on every run.
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Old name, see above."})
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute activations again in the backward pass instead of keeping them: slower, with less "
+            "memory. Default: off where the plan says that they fit, of every n-th layer where they nearly do, else "
+            "on."
+        },
+    )
+    padding_free: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Lay the rows of a batch end to end instead of padding them: the same rows, the same losses. "
+            "Default: on where attention keeps them apart by their lengths and batches have more than a row."
+        },
+    )
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes that make batches ahead of each training process. Default: 2 for a GPU, with cores to "
+            "spare; none on a CPU.",
+        },
+    )
     ddp_timeout: int = field(
         default=18000, metadata={"help": "Seconds until a collective counts as dead.", "above": 0}
     )
@@ -428,10 +450,13 @@ class SFTConfig(trl.SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
-            self.activation_checkpointing = True
         if self.activation_checkpointing is None:
             self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
+        # Left open: careful until `defaults.settle` knows model, data and machine.
+        careful = {"activation_checkpointing": True, "padding_free": False, "dataloader_num_workers": 0}
+        self.unsettled = {name for name in careful if getattr(self, name) is None}
+        for name in self.unsettled:
+            setattr(self, name, careful[name])
         if self.assistant_only_loss is False and self.supervision == "assistant":
             self.supervision = "full"
         if self.assistant_only_loss and self.supervision == "full":

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from trl import SFTTrainer
 
 from open_r1.benchmarks import submit
 from open_r1.card import write_manifest
 from open_r1.checkpoints import SAVING, flush, room, sync, write_whole
-from open_r1.errors import UserError
+from open_r1.errors import Stopped, UserError
 from open_r1.faults import watch
 from open_r1.findings import Finding, as_text, has_errors
 from open_r1.handover import answers, parameters, verify
@@ -42,6 +43,8 @@ def train(trainer: "OrderedTrainer") -> None:
     try:
         with room(out, "the run"):
             metrics = trainer.train(resume_from_checkpoint=trainer.earlier.get("checkpoint")).metrics
+    except torch.OutOfMemoryError as error:
+        raise Stopped(out_of_memory(trainer, error)) from error
     finally:
         watch(None)
     if trainer.preempted:
@@ -52,6 +55,20 @@ def train(trainer: "OrderedTrainer") -> None:
         save_results(trainer, "train", metrics)
     if trainer.stop.signal:  # it came when no step was left that could end
         raise Preempted(f"{trainer.stop.signal}: trained and saved, what follows is left to the next start")
+
+
+def out_of_memory(trainer: "OrderedTrainer", error: Exception) -> str:
+    """What to do about a device whose memory is full."""
+    args, each = trainer.args, trainer.args.per_device_train_batch_size
+    ways = [] if args.activation_checkpointing else ["activation_checkpointing: true"]
+    if each > 1:
+        size = trainer.order.batch
+        ways.append(f"per_device_train_batch_size: {each // 2} with global_batch_size: {size}, the same steps")
+    ways += ["a smaller max_length", "use_peft: true", "or more devices that share the model (zero3, fsdp2)"]
+    return (
+        f"step {trainer.state.global_step + 1}: the device's memory is full ({str(error).partition('. ')[0]}); set "
+        f"{', '.join(ways)}; make check plans it. Checkpoints are as they were"
+    )
 
 
 def save_results(trainer: SFTTrainer, split: str, metrics: dict[str, float]) -> None:

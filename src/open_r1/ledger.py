@@ -231,7 +231,7 @@ def show(ledger: Entry) -> None:
         packing = f"; packed, {total['packs']:,} rows are {total['packing_efficiency']:.1%} full, and padding is "
         packing += f"{total['packed_padding_share']:.1%}"
     padding = f"{total['padding_share']:.1%} of a batch of {total['batch']}"
-    logger.info("%s: padding is %s%s", ledger["part"], padding, packing)
+    logger.info("%s: padded, %s would be padding%s", ledger["part"], padding, packing)
     if ledger.get("asked_in_eval"):
         logger.warning(
             "train: %d rows ask what the evaluation data asks; dedup: true drops them", ledger["asked_in_eval"]

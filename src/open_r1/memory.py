@@ -94,8 +94,8 @@ def measure(
         fill(model)
         if args.activation_checkpointing:
             how = {"use_reentrant": False, **(args.activation_checkpointing_kwargs or {})}
-            how.pop("every_n_layers", None)
-            model.gradient_checkpointing_enable(how)
+            every = how.pop("every_n_layers", 1)
+            model.activation_checkpointing_enable(how, every_n_layers=every)
             if lora is not None:
                 model.enable_input_require_grads()
         model.train()

@@ -40,9 +40,10 @@ FLASH = {
 }
 
 
-def check_model(model_args: "ModelConfig", training_args: "SFTConfig") -> None:
-    """What can be known about the model without its weights. Raises `UserError`.
+def check_model(model_args: "ModelConfig", training_args: "SFTConfig") -> PreTrainedConfig:
+    """The model's config, with the keys of `model_init_kwargs` that belong to it, when nothing is wrong with it.
 
+    What can be known of it without its weights is checked. Raises `UserError`.
     Where `plan_processes` plans for other machines, what is not installed on this one is only told.
     """
     for lack in not_installed(model_args, training_args):
@@ -59,7 +60,7 @@ def check_model(model_args: "ModelConfig", training_args: "SFTConfig") -> None:
         raise UserError(f"model_name_or_path: no such directory: {model_args.model_name_or_path}")
     require_safetensors(model_args.model_name_or_path, adapter)
     try:
-        AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             adapter or model_args.model_name_or_path,
             revision=None if adapter else model_args.model_revision,
             trust_remote_code=training_args.trust_remote_code,
@@ -72,6 +73,10 @@ def check_model(model_args: "ModelConfig", training_args: "SFTConfig") -> None:
             ) from error
         text = " ".join(str(error).split())[:300]
         raise UserError(f"model_name_or_path: {model_args.model_name_or_path!r} cannot be read: {text}") from error
+    for key, value in (training_args.model_init_kwargs or {}).items():
+        if hasattr(config, key) and key not in ("dtype", "torch_dtype"):
+            setattr(config, key, value)
+    return config
 
 
 def not_installed(model_args: "ModelConfig", training_args: "SFTConfig") -> Iterator[str]:

@@ -4,6 +4,7 @@ The order follows from the rows, the seed and the global batch size alone.
 """
 
 import hashlib
+import heapq
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,12 +33,23 @@ class Order(Sampler[int]):
     left of a permutation is the beginning of the next epoch, and no row is read twice to fill a batch.
 
     `lengths` are the tokens of each row, `batch` the rows of a step, `epoch` the one that is read next. `offset` is
-    where the stream begins for a run that was begun with another batch, so that no row is left out.
+    where the stream begins for a run that was begun with another batch, so that no row is left out. A step is dealt
+    out in batches of `each` rows (0: of all), of like lengths, or with `padding_free` of even sums.
     """
 
-    def __init__(self, lengths: np.ndarray, seed: int, batch: int, strategy: str, longest_first: bool) -> None:
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        seed: int,
+        batch: int,
+        strategy: str,
+        longest_first: bool,
+        each: int = 0,
+        padding_free: bool = False,
+    ) -> None:
         self.lengths, self.seed, self.batch = lengths, seed, batch
         self.strategy, self.longest_first = strategy, longest_first
+        self.each, self.padding_free = each or batch, padding_free
         self.epoch = self.offset = 0
         self.known: dict[tuple[int, int], np.ndarray] = {}
 
@@ -51,12 +63,40 @@ class Order(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         start = self.offset + self.epoch * len(self)
-        yield from [0] * -start  # before the beginning: steps that are only skipped
-        yield from self.rows(max(start, 0), start + len(self)).tolist()
+        for at in range(start, start + len(self), self.batch):
+            yield from [0] * min(self.batch, -at)  # before the beginning: steps that are only skipped
+            if at + self.batch > 0:
+                yield from self.dealt(self.rows(max(at, 0), at + self.batch)).tolist()
 
     def of_step(self, step: int) -> np.ndarray:
-        """The rows of an optimiser step, counted from 1."""
+        """The rows of an optimiser step, counted from 1, in the order of the stream."""
         return self.rows(self.read(step - 1), self.read(step))
+
+    def batches_of(self, step: int) -> np.ndarray:
+        """The rows of an optimiser step as they are dealt out, (batches, `each`): a process's turn, the next one's."""
+        return self.dealt(self.of_step(step)).reshape(-1, self.each)
+
+    def dealt(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of a step, int64, batch after batch: which of them a step takes is not changed by it.
+
+        Padded, the longest make a batch, then the next ones, so that little is padded and processes that wait for
+        each other have like lengths. Without padding each row, from the longest, goes to the batch with the fewest
+        tokens (Graham's LPT rule), so that all have nearly as many.
+        """
+        batches = len(rows) // self.each
+        if batches < 2 or len(rows) < self.batch:
+            return rows
+        rows = rows[np.argsort(-self.lengths[rows], kind="stable")]
+        if not self.padding_free:
+            return rows
+        deals: list[list[int]] = [[] for _ in range(batches)]
+        room = [(0, number) for number in range(batches)]  # tokens of the batches that are not full
+        for row in rows.tolist():
+            tokens, number = heapq.heappop(room)
+            deals[number].append(row)
+            if len(deals[number]) < self.each:
+                heapq.heappush(room, (tokens + int(self.lengths[row]), number))
+        return np.array(deals).ravel()
 
     def read(self, step: int) -> int:
         """How many rows of the stream have been read when a step ends."""
@@ -138,7 +178,11 @@ def order_of(part: "Part", args: "SFTConfig") -> Order:
     if first is None:
         first = not args.packing and args.train_sampling_strategy != "sequential"
     seed = args.seed if args.data_seed is None else args.data_seed
-    return Order(part.lengths, seed, batch, args.train_sampling_strategy, first)
+    return Order(
+        *(part.lengths, seed, batch, args.train_sampling_strategy, first),
+        each=args.train_batch_size,
+        padding_free=args.padding_free,
+    )
 
 
 def fingerprint(rows: np.ndarray) -> str:
@@ -199,7 +243,7 @@ def require_rows(batches: list[dict[str, Any]], rows: Dataset, order: Order, ste
     Compared are the tokens themselves, (batch, length) padded or (1, length) flattened: what upstream skips on a
     resume, and how it deals batches out to processes, is nothing that a count could prove.
     """
-    expected = order.of_step(step).reshape(len(batches), ranks, -1)[:, rank] if batches else ()
+    expected = order.batches_of(step)[rank::ranks] if batches else ()
     for micro, (batch, numbers) in enumerate(zip(batches, expected, strict=True)):
         tokens = rows.with_format("arrow")[numbers.tolist()].column("input_ids").combine_chunks()
         tokens = tokens.flatten().to_numpy()

@@ -18,7 +18,6 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
-    AutoConfig,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -60,22 +59,29 @@ OPTIMIZERS = {
 
 
 def check(
-    training_args: "SFTConfig", model_args: "ModelConfig", tokenizer: PreTrainedTokenizerBase, prepared: Prepared
+    training_args: "SFTConfig",
+    model_args: "ModelConfig",
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
 ) -> tuple[list[Finding], dict[str, Any]]:
     """What is wrong or worth knowing about a run, and its plan. Loads no weights."""
     unset_hf_deepspeed_config()  # else transformers builds every model in shards
     try:
-        return look(training_args, model_args, tokenizer, prepared)
+        return look(training_args, model_args, config, tokenizer, prepared)
     finally:
         if training_args.deepspeed_plugin is not None:
             training_args.deepspeed_plugin.set_deepspeed_weakref()
 
 
 def look(
-    training_args: "SFTConfig", model_args: "ModelConfig", tokenizer: PreTrainedTokenizerBase, prepared: Prepared
+    training_args: "SFTConfig",
+    model_args: "ModelConfig",
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
 ) -> tuple[list[Finding], dict[str, Any]]:
     """Findings, errors first, and the plan."""
-    config = config_of(model_args, training_args)
     model = trained_model(config, model_args, training_args, tokenizer)
     plan = plan_of(model, config, training_args, model_args, prepared)
     findings = [
@@ -91,20 +97,6 @@ def look(
     if training_args.dry_run and not has_errors(findings):
         findings += memory(plan, config, tokenizer, model_args, training_args, prepared)
     return sorted(findings, key=lambda finding: LEVELS.index(finding.level)), plan
-
-
-def config_of(model_args: "ModelConfig", training_args: "SFTConfig") -> PretrainedConfig:
-    """The model's config, with the keys of `model_init_kwargs` that belong to it."""
-    base = adapter_base(model_args.model_name_or_path)
-    config = AutoConfig.from_pretrained(
-        base or model_args.model_name_or_path,
-        revision=None if base else model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-    )
-    for key, value in (training_args.model_init_kwargs or {}).items():
-        if hasattr(config, key) and key not in ("dtype", "torch_dtype"):
-            setattr(config, key, value)
-    return config
 
 
 def trained_model(

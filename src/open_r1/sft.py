@@ -86,6 +86,7 @@ def run(recipe: Recipe, stop: Stop) -> int:
     from open_r1 import ledger, preflight
     from open_r1.callbacks import get_callbacks, ready_branch
     from open_r1.chat import get_tokenizer
+    from open_r1.defaults import settle
     from open_r1.faults import free_builds
     from open_r1.finish import after_saving, end, summarize, train
     from open_r1.model import adapter_config, check_model, get_model
@@ -100,15 +101,16 @@ def run(recipe: Recipe, stop: Stop) -> int:
     if training_args.deepspeed_plugin is not None:
         free_builds()
     set_seed(training_args.seed)
-    check_model(model_args, training_args)
+    config = check_model(model_args, training_args)
     callbacks = get_callbacks(training_args)
 
     tokenizer = get_tokenizer(model_args, training_args)
     prepared = prepare(script_args, training_args, tokenizer)
     wait_for_all("the data")
+    settle(training_args, model_args, config, prepared.train, len(tokenizer), by_document=True)
     order = order_of(prepared.train, training_args)
 
-    findings, plan = preflight.check(training_args, model_args, tokenizer, prepared)
+    findings, plan = preflight.check(training_args, model_args, config, tokenizer, prepared)
     if training_args.dry_run:
         return preflight.report(
             findings, plan, training_args.dry_run == "json", shown=training_args.process_index == 0

@@ -202,8 +202,7 @@ class OrderedTrainer(SFTTrainer):
     def stop_over_loss(self, ranks: list[int]) -> None:
         """Raise `Stopped`, and name the rows of the batch whose loss is no number: alone, where a row can be tried."""
         step, world = self.state.global_step + 1, self.args.world_size
-        numbers = self.order.of_step(step).reshape(-1, world, self.args.train_batch_size)[self.micro]
-        mine = numbers[self.args.process_index]
+        mine = self.order.batches_of(step)[self.micro * world + self.args.process_index]
         if self.args.process_index in ranks and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             bad = [number for number in mine.tolist() if not self.is_finite_alone(number)]
             mine = mine[[number in bad for number in mine.tolist()]] if bad else mine

@@ -1,0 +1,134 @@
+"""Defaults that make a run fast, settled when model, data and machine are known. What a recipe says stands.
+
+Each is logged with its reason. All processes of a run settle the same, and so does the same machine again.
+"""
+
+import copy
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+import psutil
+from transformers import PreTrainedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from open_r1.memory import device_memory, plan_memory
+from open_r1.model import weights_dtype
+
+if TYPE_CHECKING:
+    from open_r1.configs import ModelConfig, SFTConfig
+    from open_r1.preparation import Part
+
+logger = logging.getLogger(__name__)
+FITS = 0.8  # of a device's memory: plans are within 15 % of what a run takes, and something stays free
+SURELY = 0.1  # of it, by a bound that takes no measuring
+SELECTIVE = (3, 2)  # of so many layers one is computed again
+WORKERS, CORES = 2, 4  # for a GPU, where each has so many cores
+
+
+def settle(
+    args: "SFTConfig",
+    model_args: "ModelConfig",
+    config: PreTrainedConfig,
+    train: "Part",
+    vocabulary: int,
+    by_document: bool,
+) -> None:
+    """Settle what the recipe leaves open (`args.unsettled`), in `args`.
+
+    `by_document` says that attention tells rows laid end to end apart at no cost (`attention.Choice`), `vocabulary` is
+    the number of the model's tokens.
+    """
+    found: dict[str, tuple[Any, str]] = {"padding_free": padding_free(args, train, by_document)}
+    if "padding_free" in args.unsettled:
+        args.padding_free = found["padding_free"][0]  # which memory depends on
+    if "activation_checkpointing" in args.unsettled:
+        value, how, why = checkpointing(args, model_args, config, train, vocabulary)
+        args.gradient_checkpointing = value  # upstream keeps the old names, too, and reads both
+        args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = how
+        found["activation_checkpointing"] = value, why
+    found["dataloader_num_workers"] = workers(args)
+    for name in sorted(args.unsettled & found.keys()):
+        value, why = found[name]
+        setattr(args, name, value)
+        logger.info("%s: %s by default: %s", name, str(value).lower(), why)
+
+
+def padding_free(args: "SFTConfig", train: "Part", by_document: bool) -> tuple[bool, str]:
+    """Whether rows are laid end to end, and why."""
+    total = train.ledger["total"]
+    if args.packing:
+        return False, "rows are packed"
+    if args.per_device_train_batch_size == 1:
+        return False, "a batch is one row, which needs no padding"
+    if not by_document:
+        return False, "attention would compare all pairs of tokens of a batch that is one long row"
+    return True, f"without it {total['padding_share']:.1%} of a batch of {total['batch']} rows would be padding"
+
+
+def checkpointing(
+    args: "SFTConfig", model_args: "ModelConfig", config: PreTrainedConfig, train: "Part", vocabulary: int
+) -> tuple[bool, dict[str, Any] | None, str]:
+    """Whether activations are computed again, with which arguments, and why."""
+    given, capacity = args.activation_checkpointing_kwargs, capacity_of(args)
+    if given:
+        return True, given, "activation_checkpointing_kwargs are set"
+    if capacity is None:
+        return True, None, "the device is not known; plan_gpu says which it will be"
+    longest = args.max_length if args.packing else int(train.lengths.max())
+    if bound(args, config, longest, vocabulary) < SURELY * capacity:
+        return False, None, f"all of it takes less than {SURELY:.0%} of {capacity / 2**30:,.0f} GiB"
+
+    def needed(recompute: bool, every: int = 1) -> float:
+        tried = copy.copy(args)
+        tried.activation_checkpointing = recompute
+        tried.activation_checkpointing_kwargs = {"every_n_layers": every}
+        return plan_memory(config, weights_dtype(model_args, args), model_args, tried, longest, vocabulary)["total"]
+
+    unset_hf_deepspeed_config()  # else transformers builds every model in shards
+    try:
+        kept = needed(False)
+        how = f"keeping them takes {kept / 2**30:,.1f} GiB of {capacity / 2**30:,.0f} GiB by the plan"
+        if kept < FITS * capacity:
+            return False, None, how
+        for every in SELECTIVE:
+            if needed(True, every) < FITS * capacity:
+                return True, {"every_n_layers": every}, f"{how}; those of one layer in {every} are not kept"
+        return True, None, how
+    except Exception as error:  # an operation that knows no tensors without memory is no fault of the run
+        return True, None, f"memory cannot be planned for this model ({type(error).__name__})"
+    finally:
+        if args.deepspeed_plugin is not None:
+            args.deepspeed_plugin.set_deepspeed_weakref()
+
+
+def capacity_of(args: "SFTConfig") -> int | None:
+    """Bytes of the memory that a process has to itself: of its GPU, or its share of the machine's; None unknown."""
+    if args.plan_processes is None and args.use_cpu:
+        return psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    try:
+        return device_memory(args.plan_gpu)
+    except ValueError:  # preflight says so
+        return None
+
+
+def bound(args: "SFTConfig", config: PreTrainedConfig, longest: int, vocabulary: int) -> int:
+    """Bytes that a step stays below: 128 a number of each layer's states, scores and logits, 16 a parameter."""
+    text = config.get_text_config()
+    hidden, layers = text.hidden_size, text.num_hidden_layers
+    inner = max(4 * hidden, getattr(text, "intermediate_size", None) or 0)
+    experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
+    parameters = layers * (8 * hidden**2 + 3 * hidden * inner * experts) + 2 * vocabulary * hidden
+    tokens = args.per_device_train_batch_size * longest
+    scores = (getattr(text, "num_attention_heads", None) or 1) * longest
+    return tokens * 128 * (layers * (hidden + inner + scores) + vocabulary) + 16 * parameters
+
+
+def workers(args: "SFTConfig") -> tuple[int, str]:
+    """How many processes make batches, and why."""
+    if args.device.type == "cpu":
+        return 0, "they would take the cores that train"
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if cores < CORES:
+        return 0, f"{cores} cores for each GPU leave none to spare"
+    return WORKERS, "the GPU waits for no batch"

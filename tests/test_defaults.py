@@ -1,0 +1,219 @@
+"""What a recipe leaves open: settled by model, data and machine, said with its reason; what it says stands."""
+
+import json
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import losses, settings
+from transformers import AutoConfig, Qwen3Config
+
+from open_r1 import defaults
+from open_r1.configs import ModelConfig, SFTConfig
+from open_r1.defaults import bound, capacity_of, checkpointing, settle, workers
+from open_r1.memory import plan_memory
+from open_r1.sft import main
+from open_r1.trainer import OrderedTrainer
+
+OPEN = {"padding_free", "activation_checkpointing", "dataloader_num_workers"}
+LARGE = Qwen3Config(
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_hidden_layers=6,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=151936,
+)
+
+
+def arguments(**values):
+    return SFTConfig(**{"output_dir": "unused", "use_cpu": True, **values})
+
+
+def part(longest=64, batch=8):
+    total = {"padding_share": 0.6, "batch": batch}
+    return SimpleNamespace(lengths=np.array([longest, 3]), ledger={"total": total})
+
+
+@pytest.fixture
+def config(tiny_model):
+    return AutoConfig.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def start(tiny_model, chat_file, tmp_path):
+    """Run a recipe; returns the settings of its manifest and its losses."""
+
+    def start(name, **values):
+        out = tmp_path / name
+        common = {"model_name_or_path": tiny_model, "dataset_name": chat_file, "dataset_max_samples": 60}
+        common |= {"output_dir": out, "activation_checkpointing": None, "max_steps": 5}
+        assert main(settings(**{**common, **values})) == 0
+        return json.loads((out / "manifest.json").read_text())["settings"], losses(out)
+
+    return start
+
+
+def test_a_recipe_leaves_open_what_it_does_not_say():
+    assert arguments().unsettled == OPEN
+    said = arguments(padding_free=False, activation_checkpointing=True, dataloader_num_workers=0)
+    assert said.unsettled == set()
+    assert arguments(gradient_checkpointing=False).unsettled == OPEN - {"activation_checkpointing"}
+
+
+def test_what_is_settled_is_said_with_its_reason(config, caplog):
+    args = arguments()
+    with caplog.at_level(logging.INFO):
+        settle(args, ModelConfig(), config, part(), 512, by_document=True)
+    assert (args.padding_free, args.activation_checkpointing, args.dataloader_num_workers) == (True, False, 0)
+    assert args.gradient_checkpointing is False
+    assert [record.message.partition(":")[0] for record in caplog.records] == sorted(OPEN)
+    assert "padding_free: true by default: without it 60.0% of a batch of 8 rows would be padding" in caplog.text
+
+
+def test_what_a_recipe_says_stands(config, caplog):
+    args = arguments(padding_free=False, activation_checkpointing=True, dataloader_num_workers=3)
+    with caplog.at_level(logging.INFO):
+        settle(args, ModelConfig(), config, part(), 512, by_document=True)
+    assert (args.padding_free, args.activation_checkpointing, args.dataloader_num_workers) == (False, True, 3)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("values", "by_document", "why"),
+    [
+        ({"packing": True}, True, "rows are packed"),
+        ({"per_device_train_batch_size": 1}, True, "a batch is one row"),
+        ({}, False, "attention would compare all pairs"),
+    ],
+)
+def test_rows_are_padded_where_nothing_is_gained(config, caplog, values, by_document, why):
+    args = arguments(**values)
+    with caplog.at_level(logging.INFO):
+        settle(args, ModelConfig(), config, part(), 512, by_document)
+    assert args.padding_free is False
+    assert f"padding_free: false by default: {why}" in caplog.text
+
+
+class TestCheckpointing:
+    """By plans of a model of six layers, 8 rows of 512 tokens, against the memory that a device is said to have."""
+
+    @pytest.fixture
+    def settled(self, monkeypatch):
+        def settled(capacity, **values):
+            monkeypatch.setattr(defaults, "capacity_of", lambda args: capacity)
+            return checkpointing(arguments(**values), ModelConfig(), LARGE, part(512), LARGE.vocab_size)
+
+        return settled
+
+    @pytest.fixture(scope="class")
+    def plans(self):
+        """Bytes of a step by how many layers are computed again: none, one in 3, one in 2, all."""
+
+        def total(every):
+            args = arguments(activation_checkpointing=bool(every))
+            args.activation_checkpointing_kwargs = {"every_n_layers": every}
+            return plan_memory(LARGE, "float32", ModelConfig(), args, 512, LARGE.vocab_size)["total"]
+
+        return [total(every) for every in (None, 3, 2, 1)]
+
+    def test_fewer_layers_kept_take_less(self, plans):
+        assert plans == sorted(plans, reverse=True) and plans[-1] < 0.8 * plans[0]
+
+    def test_off_where_all_fits(self, settled, plans):
+        on, how, why = settled(int(plans[0] / 0.79))
+        assert (on, how) == (False, None) and "keeping them takes" in why
+
+    def test_of_some_layers_where_it_nearly_fits(self, settled, plans):
+        for place, every in ((1, 3), (2, 2)):
+            on, how, why = settled(int(plans[place] / 0.79))
+            assert (on, how) == (True, {"every_n_layers": every}) and f"one layer in {every}" in why
+
+    def test_on_where_it_does_not(self, settled, plans):
+        assert settled(int(plans[3] / 0.79))[:2] == (True, None)
+        assert settled(2**20)[:2] == (True, None)
+
+    def test_on_where_the_device_is_not_known(self, settled):
+        on, how, why = settled(None)
+        assert (on, how) == (True, None) and "plan_gpu" in why
+
+    def test_arguments_that_are_given_ask_for_it(self, settled):
+        given = {"use_reentrant": False}
+        assert settled(2**60, activation_checkpointing_kwargs=given)[:2] == (True, given)
+
+    def test_nothing_is_planned_for_what_fits_in_any_case(self, settled, monkeypatch):
+        monkeypatch.setattr(defaults, "plan_memory", lambda *_: pytest.fail("planned"))
+        assert settled(2**50)[:2] == (False, None)
+
+    def test_a_model_that_cannot_be_planned_keeps_it(self, settled, monkeypatch):
+        monkeypatch.setattr(defaults, "plan_memory", lambda *_: 1 / 0)
+        on, _, why = settled(2**30)
+        assert on and "ZeroDivisionError" in why
+
+    def test_the_bound_is_one(self, plans, config):
+        assert bound(arguments(), LARGE, 512, LARGE.vocab_size) > plans[0]
+        args = arguments(activation_checkpointing=False)
+        assert (
+            bound(args, config, 128, len_ := config.vocab_size)
+            > plan_memory(config, "float32", ModelConfig(), args, 128, len_)["total"]
+        )
+
+    def test_some_layers_reach_the_model(self, start, monkeypatch):
+        monkeypatch.setattr(
+            defaults, "checkpointing", lambda *_: (True, {"every_n_layers": 2, "use_reentrant": False}, "said")
+        )
+        kept, step = [], OrderedTrainer.training_step
+
+        def spy(self, model, *args, **kwargs):
+            kept.append([layer.gradient_checkpointing for layer in model.model.layers])
+            return step(self, model, *args, **kwargs)
+
+        monkeypatch.setattr(OrderedTrainer, "training_step", spy)
+        found, _ = start("some", max_steps=1)
+        assert found["activation_checkpointing"] is True
+        assert kept and kept[0] == [number % 2 == 0 for number in range(len(kept[0]))]
+
+
+class TestMemory:
+    def test_of_a_cpu_each_process_has_its_share(self, monkeypatch):
+        whole = capacity_of(arguments())
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+        assert capacity_of(arguments()) == whole // 4
+
+    def test_of_machines_elsewhere_it_is_that_of_the_gpu_named(self):
+        assert capacity_of(arguments(plan_processes=8, plan_gpu="H100")) == 80 * 2**30
+        assert capacity_of(arguments(plan_processes=8, plan_gpu="nothing")) is None
+
+    def test_when_it_is_full_the_run_says_what_to_do(self, start, monkeypatch, capsys):
+        def full(*args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+        monkeypatch.setattr(OrderedTrainer, "training_step", full)
+        with pytest.raises(AssertionError, match="assert 1 == 0"):
+            start("full", per_device_train_batch_size=4)
+        said = capsys.readouterr().err
+        assert "step 1: the device's memory is full (CUDA out of memory); set activation_checkpointing: true" in said
+        assert "per_device_train_batch_size: 2 with global_batch_size: 4, the same steps" in said
+
+
+class TestWorkers:
+    @pytest.mark.parametrize(("device", "cores", "ranks", "count"), [("cpu", 64, 1, 0), ("cuda", 16, 4, 2)])
+    def test_they_are_for_gpus_with_cores_to_spare(self, monkeypatch, device, cores, ranks, count):
+        monkeypatch.setattr(defaults.os, "sched_getaffinity", lambda _: range(cores))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        args = SimpleNamespace(device=torch.device(device))
+        assert workers(args)[0] == count
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(cores))
+        assert workers(args)[0] == 0
+
+
+def test_without_padding_the_same_is_learnt(start):
+    settled, without = start("default")
+    assert (settled["padding_free"], settled["activation_checkpointing"]) == (True, False)
+    padded, with_it = start("padded", padding_free=False)
+    assert padded["padding_free"] is False
+    assert np.abs(np.subtract(without, with_it)).max() < 1e-5
+    assert len(without) == 5
