@@ -24,7 +24,8 @@ JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", d
 LEFT_OUT = {"gradient_checkpointing", "gradient_checkpointing_kwargs", "local_rank", "parallelism_config"}
 LEFT_OUT |= {"resume_from_checkpoint", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint"}
 
-ATTENTION = ["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
+ATTENTION = ["auto", "varlen", "eager", "sdpa", "flex_attention"]
+ATTENTION += ["flash_attention_2", "flash_attention_3", "flash_attention_4"]
 # Upstream declares these as plain strings and finds a misspelling late or never.
 NARROWED: dict[str, dict[str, Any]] = {
     "attn_implementation": {

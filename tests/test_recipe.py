@@ -150,7 +150,7 @@ WRONG = {
     "packing: perhaps": "r.yaml:3: packing is boolean; found 'perhaps'",
     "packing_strategy: foo": "r.yaml:3: packing_strategy is one of bfd, bfd_split, wrapped; found 'foo'",
     "dtype: bf16x": "r.yaml:3: dtype is one of auto, bfloat16, float16, float32; found 'bf16x'",
-    "attn_implementation: flash_atention": "r.yaml:3: attn_implementation is one of eager, sdpa",
+    "attn_implementation: flash_atention": "r.yaml:3: attn_implementation is one of auto, varlen, eager",
     "lr_scheduler_type: cosin": "r.yaml:3: lr_scheduler_type is one of linear, cosine",
     "report_to: wandb, tensorboard": "r.yaml:3: report_to.0 is one of all, none",
     "learning_rate: .nan": "r.yaml:3: learning_rate must be a finite number",

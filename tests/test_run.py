@@ -350,7 +350,7 @@ ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "con
 REFUSED = {
     "unknown key": ({"learning_rte": "1"}, "--learning_rte is not a setting; did you mean learning_rate?"),
     "unknown dtype": ({"dtype": "bf16x"}, "dtype is one of auto, bfloat16, float16, float32; found 'bf16x'"),
-    "unknown attention": ({"attn_implementation": "flash"}, "attn_implementation is one of eager, sdpa"),
+    "unknown attention": ({"attn_implementation": "flash"}, "attn_implementation is one of auto, varlen, eager"),
     "attention that is not installed": (
         {"attn_implementation": "flash_attention_3"},
         "is not installed or finds no GPU",

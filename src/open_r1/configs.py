@@ -504,7 +504,7 @@ class SFTConfig(trl.SFTConfig):
 
 @dataclass
 class ModelConfig(trl.ModelConfig):
-    """TRL's `ModelConfig`; `dtype` is chosen from how the model is trained unless the recipe says it."""
+    """TRL's `ModelConfig`; dtype and attention follow from how the model is trained unless the recipe says them."""
 
     dtype: str | None = field(
         default=None,
@@ -512,6 +512,14 @@ class ModelConfig(trl.ModelConfig):
             "help": "Dtype of the weights. Default: float32 for full fine-tuning and on CPU, bfloat16 when the "
             "weights are frozen (LoRA) or under DeepSpeed ZeRO, which keeps float32 masters.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    attn_implementation: str | None = field(
+        default="auto",
+        metadata={
+            "help": "Attention. auto takes the best that is installed, fits the model and keeps packed documents apart "
+            "(flash_attention_3, flash_attention_2, varlen, sdpa, eager, in this order) and says which; varlen needs "
+            "nothing but PyTorch. Also flex_attention, flash_attention_4, and owner/name of a kernel on the hub."
         },
     )
 

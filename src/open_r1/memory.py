@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl import get_peft_config
 from trl.trainer.utils import add_fused_lm_head
 
+from open_r1.attention import keeps_documents
 from open_r1.model import skeleton
 
 if TYPE_CHECKING:
@@ -75,11 +76,11 @@ def measure(
     if isinstance(vars(text).get("layer_types"), list):
         text.layer_types = text.layer_types[:layers]
     rows = args.per_device_train_batch_size
-    packed = args.packing and args.packing_strategy != "wrapped"
-    shape = (1, rows * length) if packed or args.padding_free else (rows, length)
+    flat = keeps_documents(args)
+    shape = (1, rows * length) if flat else (rows, length)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        attention = model_args.attn_implementation or "sdpa"
+        attention = model_args.attn_implementation or "sdpa"  # as transformers does where it is left to it
         if attention not in ("eager", "sdpa"):  # kernels that take lengths
             attention = LENGTHS
             AttentionInterface.register(LENGTHS, sdpa_attention_forward)
@@ -104,8 +105,8 @@ def measure(
         tracker = Peak([*model.parameters(), *model.buffers()])
         half = half_of(args)
         cast = torch.autocast("cpu", getattr(torch, half)) if half else contextlib.nullcontext()
-        # For eager and sdpa the mask of a packed row is one of all pairs.
-        masked = (1, 1, *shape[1:] * 2) if packed and attention != LENGTHS else shape
+        # For eager and sdpa the mask of a row of several documents is one of all pairs.
+        masked = (1, 1, *shape[1:] * 2) if flat and attention != LENGTHS else shape
         with tracker:
             for number in range(2 * min(2, args.gradient_accumulation_steps)):
                 step(model, shape, masked, cast)

@@ -20,9 +20,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 from trl import get_peft_config, get_quantization_config
 
+from open_r1.attention import AUTO, FLASH
 from open_r1.errors import UserError
 from open_r1.tables import looks_local
 
@@ -33,11 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SAMPLE = 1 << 20
-FLASH = {
-    "flash_attention_2": is_flash_attn_2_available,
-    "flash_attention_3": is_flash_attn_3_available,
-    "flash_attention_4": is_flash_attn_4_available,
-}
 
 
 def check_model(model_args: "ModelConfig", training_args: "SFTConfig") -> PreTrainedConfig:
@@ -111,7 +106,7 @@ def get_model(
     kwargs: dict[str, Any] = {
         "revision": None if base else model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
+        "attn_implementation": None if model_args.attn_implementation == AUTO else model_args.attn_implementation,
         "dtype": dtype,
         "quantization_config": quantization,
         **(training_args.model_init_kwargs or {}),

@@ -41,10 +41,10 @@ COLOURS = {"error": "bold red", "warning": "yellow", "note": "dim"}
 HEADROOM = 0.92  # of a GPU's memory that a run may plan with: the rest is CUDA's and fragmentation
 LOOKED_AT = 200  # rows of each part
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Models whose layers carry a state from token to token: nothing keeps packed documents apart in them.
-STATEFUL = re.compile(
-    r"mamba|rwkv|recurrent|lfm|[bj]amba|zamba|qwen3_(next|5)|kimi_linear|nemotron_h|falcon_h1|hybrid|minimax|xlstm"
-)
+# Models whose layers carry a state from token to token. In the first nothing keeps packed documents apart, in the
+# others causal_conv1d does (transformers 5.23, which refuses them without it); `isolation.py` tries it with any model.
+STATEFUL = re.compile(r"(falcon_)?mamba2?|rwkv|recurrent_gemma|jamba|zamba|minimax|xlstm|lfm3|deepseek_v4")
+CONVOLVED = re.compile(r"lfm2.*|bamba|zamba2|qwen3_(next|5.*)|kimi_linear|nemotron_h|falcon_h1|.*_?hybrid")
 # What an optimizer needs beside torch, by how its name begins or ends.
 OPTIMIZERS = {
     r"adamw_torch_[48]bit": "torchao",
@@ -89,7 +89,7 @@ def look(
         *generation(model_args),
         *data(prepared, training_args),
         *context(config, model_args, prepared),
-        *isolation(config, model_args, training_args),
+        *isolation(config, training_args),
         *adapter(model, model_args, tokenizer),
         *stack(model_args, training_args),
         *disk(plan, training_args),
@@ -252,21 +252,22 @@ def context(config: PretrainedConfig, model_args: "ModelConfig", prepared: Prepa
         )
 
 
-def isolation(config: PretrainedConfig, model_args: "ModelConfig", args: "SFTConfig") -> Iterator[Finding]:
-    """Packed documents that would see each other."""
+def isolation(config: PretrainedConfig, args: "SFTConfig") -> Iterator[Finding]:
+    """Packed documents that would see each other, where that is certain without weights."""
     if not (args.packing or args.padding_free):
         return
     kind = config.get_text_config().model_type
-    if STATEFUL.search(kind):
+    if STATEFUL.fullmatch(kind):
         yield Finding(
             "error",
             f"packing: the layers of {kind} carry a state from one packed document into the next",
             "set packing: false",
         )
-    attention = model_args.attn_implementation or ""
-    if "/" in attention:
+    if CONVOLVED.fullmatch(kind) and args.plan_processes is None and not importlib.util.find_spec("causal_conv1d"):
         yield Finding(
-            "warning", f"packing: whether {attention} keeps packed documents apart is not known", "use sdpa to be sure"
+            "error",
+            f"packing: the layers of {kind} keep packed documents apart with causal_conv1d, which is not installed",
+            "pip install causal-conv1d, or set packing: false",
         )
     if args.packing and args.packing_strategy == "wrapped":
         yield Finding("note", "packing_strategy: wrapped lets the documents of a pack see each other")

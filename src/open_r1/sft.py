@@ -84,6 +84,7 @@ def run(recipe: Recipe, stop: Stop) -> int:
     from transformers import set_seed
 
     from open_r1 import ledger, preflight
+    from open_r1.attention import settle_attention
     from open_r1.callbacks import get_callbacks, ready_branch
     from open_r1.chat import get_tokenizer
     from open_r1.defaults import settle
@@ -102,12 +103,13 @@ def run(recipe: Recipe, stop: Stop) -> int:
         free_builds()
     set_seed(training_args.seed)
     config = check_model(model_args, training_args)
+    attention = settle_attention(model_args, training_args, config)
     callbacks = get_callbacks(training_args)
 
     tokenizer = get_tokenizer(model_args, training_args)
     prepared = prepare(script_args, training_args, tokenizer)
     wait_for_all("the data")
-    settle(training_args, model_args, config, prepared.train, len(tokenizer), by_document=True)
+    settle(training_args, model_args, config, prepared.train, len(tokenizer), attention.by_document)
     order = order_of(prepared.train, training_args)
 
     findings, plan = preflight.check(training_args, model_args, config, tokenizer, prepared)

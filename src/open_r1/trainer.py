@@ -29,6 +29,7 @@ from open_r1 import checkpoints, faults
 from open_r1.callbacks import upload
 from open_r1.card import write_card
 from open_r1.errors import Stopped, UserError
+from open_r1.isolation import require_isolation
 from open_r1.order import Order, cut_back, cut_back_order, line_of, require_rows
 from open_r1.resuming import OPTIMIZER, SCHEDULE
 from open_r1.run_state import record
@@ -51,6 +52,8 @@ class Course(TrainerCallback):
     def on_train_begin(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Go on where the checkpoint was, and do what a log or an evaluation of its step still lacks."""
         trainer = self.trainer
+        if trainer.try_isolation:
+            require_isolation(trainer)
         trainer.stop.waits = True
         if state.is_world_process_zero:
             remember_mlflow(args)
@@ -116,7 +119,8 @@ class OrderedTrainer(SFTTrainer):
     """TRL's trainer, reading the rows of `part` in an `Order`, and stopped and resumed exactly.
 
     `facts` are what a checkpoint says of the run (`resuming.require_same_run`), `earlier` those of the checkpoint it
-    goes on from. `stop` knows of signals.
+    goes on from. `stop` knows of signals. `try_isolation`: packed documents that see each other are a `UserError`
+    before the first step.
 
     Upstream's order depends on the launch: with several ranks accelerate fills the end of an epoch with rows from its
     beginning, the last step of an epoch is as small as what is left for it, and `group_by_length` groups by the batch
@@ -132,11 +136,12 @@ class OrderedTrainer(SFTTrainer):
         earlier: dict[str, Any],
         stop: Stop,
         limit: int | None,
+        try_isolation: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.order, self.part, self.stop, self.limit = order, part, stop, limit
-        self.facts, self.earlier = facts, earlier
+        self.facts, self.earlier, self.try_isolation = facts, earlier, try_isolation
         self.losses = faults.Losses(self.args.loss_spike)
         self.preempted, self.told = False, ""  # and by which signal
         self.asked = False  # a checkpoint, whatever the schedule says
