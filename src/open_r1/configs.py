@@ -517,9 +517,9 @@ class ModelConfig(trl.ModelConfig):
     attn_implementation: str | None = field(
         default="auto",
         metadata={
-            "help": "Attention. auto takes the best that is installed, fits the model and keeps packed documents apart "
-            "(flash_attention_3, flash_attention_2, varlen, sdpa, eager, in this order) and says which; varlen needs "
-            "nothing but PyTorch. Also flex_attention, flash_attention_4, and owner/name of a kernel on the hub."
+            "help": "Attention. auto takes the best that is installed, fits the model and keeps packed documents "
+            "apart, and says which: flash_attention_3, flash_attention_2, varlen (which needs nothing but PyTorch), sdpa, "
+            "eager. Also flex_attention, flash_attention_4, and owner/name of a kernel on the hub."
         },
     )
 
