@@ -518,7 +518,7 @@ class ModelConfig(trl.ModelConfig):
         default="auto",
         metadata={
             "help": "Attention. auto takes the best that is installed, fits the model and keeps packed documents "
-            "apart, and says which: flash_attention_3, flash_attention_2, varlen (which needs nothing but PyTorch), sdpa, "
+            "apart, and says which: flash_attention_3, flash_attention_2, varlen (needs nothing but PyTorch), sdpa or "
             "eager. Also flex_attention, flash_attention_4, and owner/name of a kernel on the hub."
         },
     )

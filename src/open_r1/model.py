@@ -79,7 +79,8 @@ def not_installed(model_args: "ModelConfig", training_args: "SFTConfig") -> Iter
     attention = model_args.attn_implementation
     if attention in FLASH and not FLASH[attention]():
         yield f"attn_implementation: {attention} is not installed or finds no GPU here; use sdpa, or install it"
-    if attention == "flex_attention" and training_args.device.type == "cpu":
+    here = training_args.plan_processes is None
+    if attention == "flex_attention" and here and training_args.device.type == "cpu":
         yield "attn_implementation: flex_attention has no gradients on a CPU; use auto"
     if (model_args.load_in_4bit or model_args.load_in_8bit) and not importlib.util.find_spec("bitsandbytes"):
         yield "load_in_4bit and load_in_8bit need bitsandbytes: pip install 'open-r1[quant]'"
