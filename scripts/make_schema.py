@@ -147,7 +147,10 @@ def field_schema(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     """JSON schema of one dataclass field, its default and its help included."""
     spec = type_schema(hint)
     if nested := field.metadata.get("nested"):
-        spec = {**object_schema(nested), "type": ["object", "null"]}
+        many = "items" in spec
+        spec = (
+            {**spec, "items": object_schema(nested)} if many else {**object_schema(nested), "type": ["object", "null"]}
+        )
     if choices := field.metadata.get("choices"):
         allowed = {"enum": [*choices]}
         spec.update({"items": {"type": "string", **allowed}} if "items" in spec else allowed)

@@ -109,7 +109,7 @@ class DatasetConfig:
     def __post_init__(self) -> None:
         if not (isinstance(self.id, str) and self.id) and not self.data_files:
             raise ValueError(
-                "dataset_mixture: a source needs an id (hub id, directory or file) or data_files, found "
+                "a source needs an id (hub id, directory or file) or data_files, found "
                 f"id {self.id!r} and data_files {self.data_files!r}"
             )
         number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
@@ -202,12 +202,22 @@ class ScriptArguments(trl.ScriptArguments):
             "nested": ColumnMapping,
         },
     )
+    eval_datasets: list[dict[str, Any]] | None = field(
+        default=None,
+        metadata={
+            "help": "Datasets to evaluate on, each a source as of a mixture, without weight and proportion; the loss "
+            "of each is eval_loss/NAME, that of all tokens eval_loss.",
+            "nested": DatasetConfig,
+        },
+    )
     test_split_size: float | None = field(
         default=None,
         metadata={"help": "Hold out rows of dataset_name for evaluation: a share below 1, or a count.", "above": 0},
     )
 
     def __post_init__(self) -> None:
+        if self.eval_datasets is not None:
+            self.eval_datasets = [to_evaluate_on(each) for each in self.eval_datasets]
         if isinstance(self.dataset_mixture, dict):
             self.dataset_mixture = DatasetMixtureConfig(**self.dataset_mixture)
         if isinstance(self.dataset_mapping, dict):
@@ -463,6 +473,9 @@ class SFTConfig(trl.SFTConfig):
             raise ValueError("assistant_only_loss: true and supervision: full exclude each other; keep supervision")
         if self.plan_processes is not None:  # on other machines: nothing is asked of this one's GPU
             self.use_cpu = True
+        best = self.metric_for_best_model or ""
+        if self.greater_is_better is None and best.removeprefix("eval_").startswith("loss/"):
+            self.greater_is_better = False  # upstream tells a loss by the end of its name
         if self.hub_private_repo is None:  # unset, upstream leaves it to the hub, which publishes
             self.hub_private_repo = True
         self._settle_precision()
@@ -529,6 +542,17 @@ class ModelConfig(trl.ModelConfig):
         # TRL unwraps a list of one, and PEFT then reads a lone module name as a regular expression that matches none.
         if isinstance(targets, list) and len(targets) == 1 and targets[0].isidentifier():
             self.lora_target_modules = targets
+
+
+def to_evaluate_on(source: dict[str, Any] | DatasetConfig) -> DatasetConfig:
+    """A dataset to evaluate on. Raises `ValueError` when it says what only a source to train on can."""
+    source = DatasetConfig(**source) if isinstance(source, dict) else source
+    default = DatasetConfig(id="any")
+    for key in ("weight", "proportion", "test_split"):
+        if getattr(source, key) != getattr(default, key):
+            instead = "; the split to evaluate on is split" if key == "test_split" else ""
+            raise ValueError(f"eval_datasets: {source.id or source.data_files}: {key} says nothing here{instead}")
+    return source
 
 
 def accumulation_steps(size: int, each: int, processes: int) -> int:

@@ -84,8 +84,13 @@ def of_data(recipe: "Recipe") -> Iterator[str]:
             "leave it out, prepared data is memory-mapped and needs no memory either"
         )
     evaluated = values.get("do_eval") or values.get("eval_strategy", "no") != "no"
-    if values.get("eval_dataset_name") and not evaluated:
-        yield f"{origin['eval_dataset_name']}: nothing evaluates on it; set eval_strategy, or do_eval: true"
+    for key in ("eval_dataset_name", "eval_datasets"):
+        if values.get(key) and not evaluated:
+            yield f"{origin[key]}: nothing evaluates on it; set eval_strategy, or do_eval: true"
+    if values.get("eval_datasets") == []:
+        yield f"{origin['eval_datasets']}: eval_datasets is empty; name a dataset, or leave it out"
+    if values.get("eval_datasets") and values.get("eval_dataset_name"):
+        yield f"{origin['eval_dataset_name']}: eval_datasets is set too; make this one of its datasets"
     inside = mixture.get("test_split_size") if isinstance(mixture, dict) else None
     if (values.get("test_split_size") or inside) and not evaluated:
         key = "dataset_mixture" if inside else "test_split_size"

@@ -53,10 +53,15 @@ def load_sources(
         return train, []
     split_size = args.test_split_size if mixture is None else mixture.test_split_size
     splits = [source for source in args.sources if source.test_split] if mixture is not None else []
-    if (args.eval_dataset_name is not None or splits) and split_size is not None:
-        raise UserError(
-            "evaluation data is given twice: by test_split_size, and by eval_dataset_name or test_split; keep one"
-        )
+    named = {"eval_datasets": args.eval_datasets, "eval_dataset_name": args.eval_dataset_name}
+    given = {**named, "test_split": splits, "test_split_size": split_size}
+    ways = [name for name, value in given.items() if value]
+    if len(ways) > 1 and ways != ["eval_dataset_name", "test_split"]:
+        raise UserError(f"evaluation data is given twice: by {' and by '.join(ways)}; keep one")
+    if args.eval_datasets:
+        sets = [load_source(source, source.split, text_field) for source in args.eval_datasets]
+        tell_apart(sets)
+        return train, sets
     if args.eval_dataset_name is not None:
         named = DatasetConfig(id=args.eval_dataset_name, mapping=args.eval_dataset_mapping)
         if named.mapping is None:
@@ -71,15 +76,15 @@ def load_sources(
     if mixture is not None:
         raise UserError(
             "evaluation is asked for, but the mixture has no evaluation data: set dataset_mixture.test_split_size, "
-            "test_split of a source, or eval_dataset_name; or set eval_strategy: 'no' and do_eval: false"
+            "test_split of a source, eval_datasets or eval_dataset_name; or set eval_strategy: 'no' and do_eval: false"
         )
     try:
         alone = replace(args.sources[0], max_samples=None)
         return train, [load_source(alone, args.dataset_test_split, text_field)]
     except UserError as error:
         raise UserError(
-            f"evaluation is asked for: {error}; set dataset_test_split, test_split_size or eval_dataset_name, "
-            "or eval_strategy: 'no' and do_eval: false"
+            f"evaluation is asked for: {error}; set dataset_test_split, test_split_size or eval_dataset_name (or "
+            "eval_datasets), or eval_strategy: 'no' and do_eval: false"
         ) from error
 
 

@@ -175,6 +175,20 @@ def add_packing(closed: Entry, packs: Dataset, batch: int, pack_length: int, str
     padded = strategy == "wrapped"
     lengths = pc.list_value_length(packs.data.column("input_ids")).to_numpy() if padded else None
     total["packed_padding_share"] = round(padding_share(lengths, batch), 4) if padded else 0.0
+    total["packed_supervised"] = total["supervised"] if strategy == "bfd" else supervised_in(packs)
+
+
+def supervised_in(packs: Dataset) -> int:
+    """Tokens of packs that enter the loss: not the first one of a document, nor of a pack that tells none apart."""
+    count = 0
+    for batch in packs.with_format("arrow").iter(batch_size=1000):
+        labels = batch["labels"].combine_chunks()
+        values, lengths = labels.flatten().to_numpy(), pc.list_value_length(labels)
+        if "seq_lengths" in batch.column_names:
+            lengths = batch["seq_lengths"].combine_chunks().flatten()
+        starts = np.cumsum(lengths.to_numpy()) - lengths.to_numpy()
+        count += int((values != -100).sum() - (values[starts] != -100).sum())
+    return count
 
 
 def padding_share(lengths: np.ndarray, batch: int, seed: int = 0) -> float:

@@ -237,13 +237,15 @@ def require_same_order(lines: list[dict[str, Any]], order: Order) -> None:
             )
 
 
-def require_rows(batches: list[dict[str, Any]], rows: Dataset, order: Order, step: int, rank: int, ranks: int) -> None:
-    """Raise `Stopped` when the batches that a process was given for a step are not those of the order.
+def require_rows(
+    batches: list[dict[str, Any]], rows: Dataset, order: Order, step: int, rank: int, ranks: int
+) -> np.ndarray:
+    """The rows of the batches that a process was given for a step. Raises `Stopped` when they are not the order's.
 
     Compared are the tokens themselves, (batch, length) padded or (1, length) flattened: what upstream skips on a
     resume, and how it deals batches out to processes, is nothing that a count could prove.
     """
-    expected = order.batches_of(step)[rank::ranks] if batches else ()
+    expected = order.batches_of(step)[rank::ranks] if batches else order.of_step(step)[:0]
     for micro, (batch, numbers) in enumerate(zip(batches, expected, strict=True)):
         tokens = rows.with_format("arrow")[numbers.tolist()].column("input_ids").combine_chunks()
         tokens = tokens.flatten().to_numpy()
@@ -256,3 +258,4 @@ def require_rows(batches: list[dict[str, Any]], rows: Dataset, order: Order, ste
                 f"rows {', '.join(map(str, numbers[:8]))} of the prepared data were due): the run would no longer be "
                 "the one that was begun"
             )
+    return expected.ravel()

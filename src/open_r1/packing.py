@@ -1,4 +1,4 @@
-"""Rows packed by TRL, kept by content, with the source and the row of every document in them."""
+"""Rows packed by TRL, kept by content, with the source, row and length of every document in them."""
 
 import hashlib
 import tempfile
@@ -30,7 +30,7 @@ def packed(what: str, tables: list[Dataset], places: np.ndarray, unpacked: Datas
     }
     tokens = unpacked.select_columns(["input_ids", "labels"])
     packs = prepared_table(key, lambda path: pack(tokens, args, path))
-    key = {"part": "source and row of each document", "of": packs._fingerprint}
+    key = {"part": "source, row and length of each document", "of": packs._fingerprint}
     return concatenate_datasets([packs, prepared_table(key, lambda path: pack_ids(unpacked, args, path))], axis=1)
 
 
@@ -40,7 +40,10 @@ def pack(rows: Dataset, args: "SFTConfig", path: str) -> Dataset:
 
 
 def pack_ids(unpacked: Dataset, args: "SFTConfig", path: str) -> None:
-    """Write `source` and `row` of the documents in each pack, which TRL packs as it packs tokens: by lengths alone."""
+    """Write `source`, `row` and `lengths` of the documents in each pack.
+
+    TRL packs numbers of rows as it packs tokens: by lengths alone.
+    """
     with tempfile.TemporaryDirectory(dir=Path(path).parent) as scratch:
         numbers = unpacked.with_format("arrow").map(
             numbered_tokens,
@@ -70,10 +73,14 @@ def numbered_tokens(rows: pa.Table, indices: list[int]) -> pa.Table:
 
 
 def documents(packs: pa.Table, origin: dict[str, np.ndarray]) -> pa.Table:
-    """What `origin` says of the rows in each pack of numbered tokens; a row split over packs is in each of them."""
+    """What `origin` says of the rows in each pack of numbered tokens, and how many of their tokens are in it.
+
+    A row that is split over packs is in each of them.
+    """
     column = packs["place"].combine_chunks()
     places, starts = column.flatten().to_numpy(), np.cumsum([0, *pc.list_value_length(column).to_numpy()])
     first = np.union1d(np.flatnonzero(np.diff(places, prepend=-1)), starts[:-1])
     offsets = np.searchsorted(first, starts).astype(np.int32)
-    columns = {name: pa.ListArray.from_arrays(offsets, values[places[first]]) for name, values in origin.items()}
-    return pa.table(columns)
+    found = {name: values[places[first]] for name, values in origin.items()}
+    found["lengths"] = np.diff(first, append=len(places)).astype(np.int32)
+    return pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in found.items()})

@@ -30,6 +30,7 @@ from open_r1.chat import end_of_turn
 from open_r1.errors import UserError
 from open_r1.findings import LEVELS, Finding, as_text, has_errors
 from open_r1.memory import device_memory, plan_memory, state_bytes
+from open_r1.metrics import metric_names
 from open_r1.model import adapter_base, adapter_config, settle_generation, skeleton, weights_dtype
 from open_r1.preparation import Part, Prepared
 
@@ -88,6 +89,7 @@ def look(
         *stop_token(tokenizer, prepared),
         *generation(model_args),
         *data(prepared, training_args),
+        *best_metric(prepared, training_args),
         *context(config, model_args, prepared),
         *isolation(config, training_args),
         *adapter(model, model_args, tokenizer),
@@ -233,6 +235,15 @@ def first_rows(part: Part) -> Iterator[tuple[Any, Any]]:
         kept = table.rows[table.counts["row"][table.trained]]
         if len(kept):
             yield table, table.source.rows[int(kept[0])]
+
+
+def best_metric(prepared: Prepared, args: "SFTConfig") -> Iterator[Finding]:
+    """A best model that is told by the loss on data that nothing evaluates on."""
+    said = args.metric_for_best_model or ""
+    known = [f"eval_loss/{name}" for name in metric_names(prepared.eval.sources)] if prepared.eval else []
+    if said.removeprefix("eval_").startswith("loss/") and f"eval_{said.removeprefix('eval_')}" not in known:
+        found = ", ".join(["eval_loss", *known]) if known else "nothing: set eval_strategy"
+        yield Finding("error", f"metric_for_best_model: {said} is not measured", f"what is evaluated is {found}")
 
 
 def context(config: PretrainedConfig, model_args: "ModelConfig", prepared: Prepared) -> Iterator[Finding]:

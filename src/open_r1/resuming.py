@@ -249,7 +249,11 @@ def require_same_run(checkpoint: str, now: dict[str, Any]) -> dict[str, Any]:
     of_rows = {"data"} | {key for key in changes if key.startswith(ROWS) and kind_of(key) == "decisive"}
     for what, names, says in (
         ("data", of_rows, "was trained on other rows: files, template or tokenizer have changed"),
-        ("evaluated", {*of_rows, "eval_dataset_name"}, "was evaluated on other rows, files have changed"),
+        (
+            "evaluated",
+            {*of_rows, "eval_dataset_name", "eval_datasets"},
+            "was evaluated on other rows, files have changed",
+        ),
         ("precision", {"bf16", "fp16"}, f"was trained in {before['precision']}, this would be {now['precision']}"),
         ("base", {"model_name_or_path", "model_revision"}, "is an adapter of other weights"),
     ):

@@ -134,6 +134,7 @@ def run(recipe: Recipe, stop: Stop) -> int:
     trainer = OrderedTrainer(
         order=order,
         part=prepared.train,
+        tested=prepared.eval,
         facts=facts,
         earlier=earlier,
         stop=stop,
@@ -141,7 +142,6 @@ def run(recipe: Recipe, stop: Stop) -> int:
         model=model,
         args=trainer_arguments(training_args),
         train_dataset=prepared.train.rows,
-        eval_dataset=prepared.eval and prepared.eval.rows,
         processing_class=tokenizer,
         peft_config=adapter_config(model_args, model, tokenizer),
         callbacks=callbacks,

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ from open_r1 import checkpoints, faults
 from open_r1.callbacks import upload
 from open_r1.card import write_card
 from open_r1.errors import Stopped, UserError
+from open_r1.flops import peak_here, work_of
+from open_r1.metrics import METRICS, Collator, Meter, cut_back_metrics, evened, write_line
 from open_r1.isolation import require_isolation
 from open_r1.order import Order, cut_back, cut_back_order, line_of, require_rows
 from open_r1.resuming import OPTIMIZER, SCHEDULE
@@ -55,6 +58,7 @@ class Course(TrainerCallback):
         if trainer.try_isolation:
             require_isolation(trainer)
         trainer.stop.waits = True
+        trainer.meter.clock.lap()  # what came before is none of its time
         if state.is_world_process_zero:
             remember_mlflow(args)
         state.compute_steps(args, state.max_steps)  # upstream keeps the checkpoint's logging, saving and eval steps
@@ -83,6 +87,13 @@ class Course(TrainerCallback):
     def on_step_begin(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count the batches and the loss of a step anew."""
         self.trainer.micro, self.trainer.step_loss = 0, torch.zeros((), device=args.device)
+        self.trainer.meter.clock.begin()
+
+    def on_optimizer_step(
+        self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What follows is no part of what a step computes."""
+        self.trainer.meter.clock.end()
 
     def on_step_end(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the step's line, before a checkpoint that knows of it; agree with all processes on what comes next."""
@@ -91,6 +102,7 @@ class Course(TrainerCallback):
             with (Path(args.output_dir) / "order.jsonl").open("a", encoding="utf-8") as file:
                 file.write(line_of(self.trainer.order, state.global_step, self.trainer.part.key))
         self.trainer.agree(control)
+        self.trainer.meter.clock.settle()
 
     def on_epoch_end(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """An epoch that was broken off is none to be evaluated and saved."""
@@ -119,8 +131,8 @@ class OrderedTrainer(SFTTrainer):
     """TRL's trainer, reading the rows of `part` in an `Order`, and stopped and resumed exactly.
 
     `facts` are what a checkpoint says of the run (`resuming.require_same_run`), `earlier` those of the checkpoint it
-    goes on from. `stop` knows of signals. `try_isolation`: packed documents that see each other are a `UserError`
-    before the first step.
+    goes on from. `stop` knows of signals. It evaluates on the rows of `tested`. `try_isolation`: packed documents that
+    see each other are a `UserError` before the first step.
 
     Upstream's order depends on the launch: with several ranks accelerate fills the end of an epoch with rows from its
     beginning, the last step of an epoch is as small as what is left for it, and `group_by_length` groups by the batch
@@ -132,6 +144,7 @@ class OrderedTrainer(SFTTrainer):
         *args: Any,
         order: Order,
         part: "Part",
+        tested: "Part | None",
         facts: dict[str, Any],
         earlier: dict[str, Any],
         stop: Stop,
@@ -139,7 +152,7 @@ class OrderedTrainer(SFTTrainer):
         try_isolation: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, eval_dataset=tested and tested.rows, **kwargs)
         self.order, self.part, self.stop, self.limit = order, part, stop, limit
         self.facts, self.earlier, self.try_isolation = facts, earlier, try_isolation
         self.losses = faults.Losses(self.args.loss_spike)
@@ -154,7 +167,55 @@ class OrderedTrainer(SFTTrainer):
         self.random = tempfile.TemporaryDirectory()
         self.caught_up = False
         self.add_callback(Course(self))
+        self.measure(tested)
         purge_tensorboard(self.callback_handler.callbacks, self.args.output_dir, earlier.get("step", 0))
+
+    # Measuring
+
+    def measure(self, tested: "Part | None") -> None:
+        """See to it that the source of each token is known, also of those that are evaluated, and count."""
+        args, model = self.args, self.model
+        half = "bf16" if args.bf16 else "fp16" if args.fp16 else None
+        peak = peak_here(args.device, half, model.dtype)
+        self.data_collator = Collator(**vars(self.data_collator))
+        self.meter = Meter(self.part, tested, work_of(model), peak, args.device, self.accelerator.gather)
+        if tested is not None:
+            whole = args.world_size > 1 or args.dataloader_drop_last  # batches, or rows are repeated or left out
+            self.eval_dataset = evened(tested, args.eval_batch_size * args.world_size if whole else 1)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Upstream's, and what says where tokens are from."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "source", "lengths"])]
+
+    def heard(self, model: Any, sources: torch.Tensor | None) -> Callable[..., Any]:
+        """The forward pass of a model whose fused head is listened to: what it says of each token is counted."""
+
+        def forward(**inputs: Any) -> Any:
+            outputs = model(**inputs)
+            if sources is not None and inputs.get("fused_lm_head"):
+                self.meter.hear(outputs, sources, self.model.training)
+            return outputs
+
+        return forward
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Upstream's, with means over all tokens: upstream's are means over batches."""
+        self.meter.begin_evaluation()
+        with self.meter.clock.spent_on("evaluation"):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            losses, means = self.meter.of_evaluation(metric_key_prefix)
+        output.metrics.update(losses)
+        self._metrics["eval"].update(means)
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Upstream's, with what was measured, and a line of `metrics.jsonl`. What is not known is null there alone."""
+        found = self.meter.of_window() if "loss" in logs else self.meter.of_run() if "train_runtime" in logs else {}
+        logs.update({key: value for key, value in found.items() if value is not None})
+        super().log(logs, start_time)
+        if self.is_world_process_zero():
+            write_line(Path(self.args.output_dir) / METRICS, self.state.log_history[-1], found.keys() - logs.keys())
 
     # Reading
 
@@ -168,6 +229,7 @@ class OrderedTrainer(SFTTrainer):
             cut_back_order(out / "order.jsonl", step, self.order, self.part.key, same)
             for name in ("loss_spikes.jsonl", "bad_batch.jsonl"):
                 cut_back(out / name, step)
+            cut_back_metrics(out / METRICS, step, self.state.log_history)
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Order:
         """The order, when it is of as many rows a step as the trainer takes."""
@@ -185,18 +247,21 @@ class OrderedTrainer(SFTTrainer):
         read.worker_init_fn = partial(shield, then=read.worker_init_fn)
         return loader
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """The batches of a step, seen to be those of the order."""
-        batches, items = super().get_batch_samples(*args, **kwargs)
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The batches of a step, seen to be those of the order, and counted."""
+        batches, items = super().get_batch_samples(self.meter.clock.waited(epoch_iterator), *args, **kwargs)
         step, ranks = self.state.global_step + 1, self.args.world_size
-        require_rows(batches, self.part.rows, self.order, step, self.args.process_index, ranks)
+        self.meter.read(
+            batches, require_rows(batches, self.part.rows, self.order, step, self.args.process_index, ranks)
+        )
         return batches, items
 
     # Numbers that are none, and losses that jump
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss; in training, one that is no number stops the run before it is learnt from, on all processes."""
-        result = super().compute_loss(model, inputs, *args, **kwargs)
+        model_heard = self.heard(model, inputs.pop("sources", None))
+        result = super().compute_loss(model_heard, inputs, *args, **kwargs)
         if self.is_in_train and model.training:
             loss = result[0] if isinstance(result, tuple) else result
             broken = (~torch.isfinite(loss.detach()).all()).to(torch.int32).reshape(1)
@@ -314,7 +379,8 @@ class OrderedTrainer(SFTTrainer):
         only_model = self.args.save_only_model
         self.args.save_only_model = only_model and not self.preempted
         try:
-            self._save_whole(model, trial, out, name)
+            with self.meter.clock.spent_on("saving"):
+                self._save_whole(model, trial, out, name)
         finally:
             self.args.save_only_model = only_model
 
@@ -411,6 +477,7 @@ class OrderedTrainer(SFTTrainer):
             "tokens": self._total_train_tokens,
             "losses": list(self.losses.last),
             "seconds": self.seconds + time.time() - self.started,
+            "meter": self.meter.state(),
         }
         path = staged / f"progress_{self.args.process_index}.json"
         path.write_text(json.dumps(progress) + "\n", encoding="utf-8")
@@ -431,6 +498,7 @@ class OrderedTrainer(SFTTrainer):
         self._metrics["train"].update(one["metrics"])
         self._total_train_tokens = one["tokens"]
         self.last_norm, self.last_rate = one["grad_norm"], one["learning_rate"]
+        self.meter.restore([each["meter"] for each in saved], self.args.process_index, self.args.world_size)
         self.losses.last.extend(one["losses"])
         self.seconds, self.started = one["seconds"], time.time()
         saved = self.state.stateful_callbacks.get("EarlyStoppingCallback")
