@@ -206,7 +206,7 @@ class TestPrepare:
             tiny_model, chat_file, self.arguments(max_length=256, packing=True, do_eval=True), test_split_size=0.2
         )
         packed, held_out = prepared.train.rows, prepared.eval.rows
-        assert set(packed.column_names) == {"input_ids", "labels", "seq_lengths", "source", "row"}
+        assert set(packed.column_names) == {"input_ids", "labels", "seq_lengths", "source", "row", "lengths"}
         assert sum(map(len, packed["input_ids"])) + sum(map(len, held_out["input_ids"])) == sum(
             map(len, loose["input_ids"])
         )
@@ -244,6 +244,7 @@ class TestPrepare:
             if strategy == "wrapped":
                 continue
             bounds = np.cumsum([0, *pack["seq_lengths"]])
+            assert pack["lengths"] == pack["seq_lengths"]
             for of, start, end in zip(ids, bounds, bounds[1:], strict=False):
                 row, length = rows[of], end - start
                 assert strategy == "bfd_split" or length == len(row["input_ids"])

@@ -54,6 +54,7 @@ def write_manifest(trainer: "SFTTrainer", recipe: Recipe, prepared: "Prepared") 
     out, args, history = Path(trainer.args.output_dir), trainer.args, trainer.state.log_history
     seconds = sum(entry.get("train_runtime", 0) for entry in history)
     tokens = next((entry["num_tokens"] for entry in reversed(history) if "num_tokens" in entry), None)
+    ended = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
     order = out / "order.jsonl"
     manifest = {
         "recipe": {key: {"value": value, "from": recipe.origin.get(key)} for key, value in recipe.values.items()},
@@ -80,6 +81,7 @@ def write_manifest(trainer: "SFTTrainer", recipe: Recipe, prepared: "Prepared") 
             "seconds": round(seconds, 3),
             "tokens": tokens,
             "tokens_per_second": round(tokens / seconds, 1) if tokens and seconds else None,
+            **{key: value for key, value in ended.items() if key.startswith("train_") and key != "train_loss"},
         },
     }
     text = masked(json.dumps(manifest, indent=1, default=str))

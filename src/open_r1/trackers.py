@@ -6,6 +6,7 @@ Each tracker takes the id of a run from a variable of its own; whoever has set o
 import logging
 import os
 import uuid
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 MLFLOW = {"mlflow", "dagshub"}  # two integrations, one client
+# Those that keep a metric in a file or a field of its name, so that `loss` cannot be beside `loss/a`.
+FOLDERS = {"MLflowCallback", "DagsHubCallback", "NeptuneCallback", "DVCLiveCallback"}
 SET: dict[str, str] = {}  # what this process has set itself, and sets anew for another run
 
 
@@ -99,3 +102,15 @@ def purge_tensorboard(callbacks: list[TrainerCallback], output_dir: str, step: i
             callback._SummaryWriter = partial(
                 callback._SummaryWriter, purge_step=step + 1 if logs.parent == Path(output_dir, "runs") else None
             )
+
+
+def without_folders(callbacks: list[TrainerCallback]) -> None:
+    """Say `.` for the `/` in names of metrics to trackers that would take it for a folder."""
+    for callback in callbacks:
+        if type(callback).__name__ in FOLDERS:
+            callback.on_log = partial(log_flat, callback.on_log)
+
+
+def log_flat(on_log: Callable[..., Any], *args: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    """A tracker's `on_log` with names that have no folders."""
+    return on_log(*args, logs={key.replace("/", "."): value for key, value in (logs or {}).items()}, **kwargs)

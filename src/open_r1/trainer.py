@@ -37,7 +37,7 @@ from open_r1.order import Order, cut_back, cut_back_order, line_of, require_rows
 from open_r1.resuming import OPTIMIZER, SCHEDULE
 from open_r1.run_state import record
 from open_r1.stopping import SIGNALS, Stop, shield
-from open_r1.trackers import purge_tensorboard, remember_mlflow
+from open_r1.trackers import purge_tensorboard, remember_mlflow, without_folders
 
 if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
@@ -169,6 +169,7 @@ class OrderedTrainer(SFTTrainer):
         self.add_callback(Course(self))
         self.measure(tested)
         purge_tensorboard(self.callback_handler.callbacks, self.args.output_dir, earlier.get("step", 0))
+        without_folders(self.callback_handler.callbacks)
 
     # Measuring
 
