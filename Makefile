@@ -11,7 +11,7 @@ OUT ?= $(MODEL)-merged
 DEMO := data/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo sft check prepare preview verify chat merge compare test test-slow quality style schema clean
+.PHONY: help install demo sft check prepare preview verify chat merge compare report test test-slow quality style schema clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -63,6 +63,9 @@ merge: .venv/installed ## Merge a LoRA adapter into its base: make merge MODEL=.
 
 compare: .venv/installed ## Say where two runs part, in data and losses: make compare A=... B=... [ARGS="--tolerance 1e-3"]
 	$(RUN) python scripts/compare_runs.py $(A) $(B) $(ARGS)
+
+report: .venv/installed ## Write a run's report again, or one page of several runs: make report RUNS="A B" [ARGS="--out page.html"]
+	$(RUN) python scripts/report.py $(or $(RUNS),$(MODEL)) $(ARGS)
 
 test: .venv/installed ## Tests that need no GPU and no network, under 12 minutes on 2 cores
 	$(RUN) python -m pytest $(ARGS)

@@ -24,6 +24,17 @@ JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", d
 LEFT_OUT = {"gradient_checkpointing", "gradient_checkpointing_kwargs", "local_rank", "parallelism_config"}
 LEFT_OUT |= {"resume_from_checkpoint", "enable_jit_checkpoint", "restore_callback_states_from_checkpoint"}
 
+# A text, or a row of a dataset up to what the model is to say.
+PROMPT = {
+    "type": ["string", "object"],
+    "properties": {
+        "messages": {"type": ["array"], "items": {"type": ["object"]}, "description": "a list of role and content"},
+        "tools": {"type": ["array", "null"], "items": {"type": ["object"]}, "description": "schemas of tools"},
+        "chat_template_kwargs": {"type": ["object", "null"], "description": "arguments for the chat template"},
+    },
+    "required": ["messages"],
+    "additionalProperties": False,
+}
 ATTENTION = ["auto", "varlen", "eager", "sdpa", "flex_attention"]
 ATTENTION += ["flash_attention_2", "flash_attention_3", "flash_attention_4"]
 # Upstream declares these as plain strings and finds a misspelling late or never.
@@ -33,6 +44,7 @@ NARROWED: dict[str, dict[str, Any]] = {
         "examples": [*ATTENTION, "owner/name of a hub kernel"],
     },
     "benchmarks": {"items": {"type": "string", "pattern": PATTERN, "examples": KNOWN}},
+    "sample_prompts": {"items": PROMPT},
     "report_to": {"items": {"type": "string", "enum": ["all", "none", *sorted(INTEGRATION_TO_CALLBACK)]}},
     "include_num_input_tokens_seen": {"enum": ["all", "non_padding", "no", True, False]},
 }

@@ -11,52 +11,19 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import numpy as np
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader
 
 from open_r1.errors import UserError
 from open_r1.recipe import Recipe, load_recipe, set_environment
+from open_r1.views import IN_WORDS, Token, View, bars_of, stretches, views_of, visible
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
-
     from open_r1.ledger import Entry
 
 GREEN, DIM, BOLD, RESET = "\x1b[32m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
 TERMINAL_TOKENS = 1500  # of a longer sample the terminal shows start and end; the page shows all of it
-IN_WORDS = {
-    "cut": "tokens cut off",
-    "lost_end": "lost ends",
-    "masked_turns": "turns masked",
-    "control_tokens": "control tokens as text",
-    "stop_added": "stop tokens added",
-}
-
-
-class Token(NamedTuple):
-    """A token: its id, the text it adds (empty when it is only a part of a character), whether it is supervised."""
-
-    id: int
-    text: str
-    supervised: bool
-
-
-class Sample(NamedTuple):
-    """A tokenised row: a line that says where it comes from and what was done to it, and its tokens."""
-
-    title: str
-    tokens: list[Token]
-
-
-class View(NamedTuple):
-    """What is shown of a source: samples, and the length of every row that is trained on, repeats included."""
-
-    name: str
-    samples: list[Sample]
-    lengths: np.ndarray
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,64 +70,8 @@ def look(recipe: Recipe, count: int) -> "tuple[list[View], list[Entry]]":
     args.max_truncated_answers = None  # a recipe that is refused for what it cuts is one to look at
     tokenizer = get_tokenizer(model_args, args)
     prepared = prepare(script_args, args, tokenizer)
-    train = prepared.train
-    of, numbers = (train.unpacked.with_format("numpy")[name][:] for name in ("source", "row"))
-    views = []
-    for number, table in enumerate(train.tables):
-        counts, rows, made_of = table.counts, table.rows, table.counts["row"]
-        drawn = np.bincount(np.searchsorted(rows, numbers[of == number]), minlength=len(rows))
-        kept = np.flatnonzero(table.trained & (drawn[made_of] > 0))
-        several = np.bincount(made_of, minlength=1)[made_of[kept]] > 1
-        places = pick(kept, counts["cut"][kept] > 0, several, count)
-        samples = [sample_of(table.tokens, place, rows, tokenizer) for place in places]
-        times = drawn // np.maximum(1, np.bincount(made_of[kept], minlength=len(rows)))
-        views.append(
-            View(visible(table.source.name), samples, np.repeat(counts["tokens"][kept], times[made_of[kept]]))
-        )
+    views = views_of(prepared.train, tokenizer, count)
     return views, [part.ledger for part in prepared.parts.values()]
-
-
-def pick(kept: np.ndarray, cut: np.ndarray, several: np.ndarray, count: int) -> list[int]:
-    """`count` of the rows `kept`: the first, one that was `cut`, two of `several` made of one row, then spread."""
-    special = dict.fromkeys([*kept[:1], *kept[cut][:1], *kept[several][:2]])
-    spread = np.linspace(0, len(kept) - 1, max(0, count - len(special)) + 2)[1:-1].round().astype(int)
-    spaced = kept[spread] if len(kept) else kept
-    return sorted(int(place) for place in list(dict.fromkeys([*special, *spaced, *kept[:count]]))[:count])
-
-
-def sample_of(table: "Dataset", place: int, rows: np.ndarray, tokenizer: "PreTrainedTokenizerBase") -> Sample:
-    """The tokenised row at `place` of the table of a source's `rows`."""
-    row = table[place]
-    siblings = np.flatnonzero(table.data.column("row").to_numpy() == row["row"])
-    title = f"row {rows[row['row']]}, {row['tokens']:,} tokens, {row['supervised']:,} supervised"
-    if len(siblings) > 1:
-        title += f"; {place - siblings[0] + 1} of {len(siblings)} made of this row"
-    title += "".join(f"; {words}: {row[key]:,}" for key, words in IN_WORDS.items() if row[key])
-    texts = map(visible, texts_of(row["input_ids"], tokenizer))
-    supervised = (label != -100 for label in row["labels"])
-    return Sample(title, list(map(Token, row["input_ids"], texts, supervised)))
-
-
-def texts_of(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """What each token adds to the text. A character spread over several tokens counts for the last of them."""
-    texts, start = [], 0
-    for end in range(1, len(ids) + 1):
-        # With the token before it, since some tokenizers strip the space that a first token starts with.
-        before, both = (
-            tokenizer.decode(ids[max(0, start - 1) : stop], clean_up_tokenization_spaces=False)
-            for stop in (start, end)
-        )
-        if both.endswith("\ufffd") and end - start < 4 and end < len(ids):
-            texts.append("")
-        else:
-            texts.append(both[len(before) :] if both.startswith(before) else tokenizer.decode(ids[start:end]))
-            start = end
-    return texts
-
-
-def visible(text: str) -> str:
-    """`text` with what would steer a terminal, hide, or turn the direction of a line as code points."""
-    return "".join(c if c.isprintable() or c in "\n\t\u3000" else f"<U+{ord(c):04X}>" for c in text)
 
 
 def in_terminal(views: list[View], ledgers: "list[Entry]", color: bool) -> str:
@@ -184,11 +95,7 @@ def painted(tokens: list[Token], color: bool) -> str:
     if len(tokens) > TERMINAL_TOKENS:
         gap = f"\n[... {len(tokens) - 2 * half:,} tokens that the page shows ...]\n"
         return painted(tokens[:half], color) + gap + painted(tokens[-half:], color)
-    bounds = [at for at in range(1, len(tokens)) if tokens[at].supervised != tokens[at - 1].supervised]
-    text = ""
-    for start, end in zip([0, *bounds], [*bounds, len(tokens)], strict=True):
-        stretch = "".join(token.text for token in tokens[start:end])
-        text += paint(stretch, GREEN if tokens[start].supervised else DIM, color)
+    text = "".join(paint(text, GREEN if said else DIM, color) for text, said in stretches(tokens))
     return text.removesuffix("\n")
 
 
@@ -214,30 +121,22 @@ def counts_of(entry: "Entry", reasons: dict[str, int]) -> dict[str, str]:
         name = IN_WORDS.get(key, key.replace("_", " "))
         if key == "dropped":
             counts[name], value = f"{sum(value.values()):,}", {**reasons, **value}
-        if isinstance(value, dict) and key != "contents":
+        if isinstance(value, dict) and key not in ("contents", "histogram"):
             counts |= {f"{name.rstrip('s')} {part}": f"{count:,}" for part, count in value.items()}
         elif isinstance(value, (int, float)):
             counts[name] = f"{value:.1%}" if key.endswith(("share", "efficiency")) else f"{value:,}"
     return counts
 
 
-def histograms(views: list[View]) -> list[list[tuple[int, int, int]]]:
-    """For each source bars (first, last, rows) on one common scale, four each time the length doubles."""
-    lengths = np.concatenate([view.lengths for view in views])
-    octaves = [2**power for power in range(int(lengths.min()).bit_length() - 1, int(lengths.max()).bit_length())]
-    edges = sorted({octave + octave * quarter // 4 for octave in octaves for quarter in range(4)} | {2 * octaves[-1]})
-    counts = [np.histogram(view.lengths, edges)[0].tolist() for view in views]
-    return [list(zip(edges, [end - 1 for end in edges[1:]], rows, strict=False)) for rows in counts]
-
-
 def page(recipe: Recipe, views: list[View], ledgers: "list[Entry]") -> str:
     """Samples, ledgers and histograms as one HTML document; whatever comes from the data is escaped."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    loader = ChoiceLoader([FileSystemLoader(Path(__file__).parent), PackageLoader("open_r1", "templates")])
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True)
     return environment.get_template("preview.html.jinja").render(
         model=visible(recipe.values["model_name_or_path"]),
         views=views,
         tables=list(map(table_of, ledgers)),
-        histograms=histograms(views),
+        histograms=bars_of(ledgers[0]["sources"]),
         powers=[2**power for power in range(40)],
     )
 

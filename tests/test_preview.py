@@ -16,6 +16,7 @@ from open_r1.chat import get_tokenizer
 from open_r1.preparation import prepare
 from open_r1.recipe import load_recipe
 from open_r1.sft import build_configs
+from open_r1.views import Token, pick
 
 QUESTION = "<script>alert(1)</script> \x1b[2J \u202e 四 \U0001f600?"
 ANSWER = '<think>\nwhy\n</think>\n\n"><img onerror=alert(2)> &lt; 四\n\n  \x1b[31mred'
@@ -187,7 +188,7 @@ def test_terminal_is_plain_text_without_colour(show, coloured):
 
 
 def test_the_middle_of_a_long_sample_is_left_to_the_page():
-    tokens = [preview.Token(n, f"{n} ", n > 5) for n in range(4000)]
+    tokens = [Token(n, f"{n} ", n > 5) for n in range(4000)]
     text = preview.painted(tokens, color=False)
     assert text.startswith("0 1 ") and text.endswith(" 3999 ")
     assert "[... 2,500 tokens that the page shows ...]" in text and " 2000 " not in text
@@ -207,7 +208,7 @@ def test_the_middle_of_a_long_sample_is_left_to_the_page():
 )
 def test_which_rows_are_picked(kept, cut, several, count, expected):
     kept = np.array(kept, dtype=np.int64)
-    assert preview.pick(kept, np.isin(kept, cut), np.isin(kept, several), count) == expected
+    assert pick(kept, np.isin(kept, cut), np.isin(kept, several), count) == expected
 
 
 def test_a_mistake_in_the_recipe_is_said_in_a_line(tmp_path, capsys):

@@ -1,17 +1,25 @@
-"""What runs beside training, by the names a recipe's `callbacks` lists."""
+"""What runs beside training: by the names a recipe's `callbacks` lists, and for those who watch it."""
 
+import contextlib
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from huggingface_hub import HfApi
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 
+from open_r1.card import hardware
 from open_r1.errors import UserError
+from open_r1.generations import Answers, Prompt
+from open_r1.live import shown
+from open_r1.run_state import read_state, record
 
 if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
+    from open_r1.trainer import OrderedTrainer
 
 logger = logging.getLogger(__name__)
 # All that leaves this machine: what serving needs, the card, and how the model was made. Whatever else lies in a
@@ -24,6 +32,66 @@ PUSHED = [
     *("chat_template.jinja", "additional_chat_templates/*.jinja", "README.md", "manifest.json"),
     *("modeling_*.py", "configuration_*.py", "tokenization_*.py"),  # of a model with code of its own
 ]
+
+
+class Report(TrainerCallback):
+    """Write `report.html` while a run trains, at its logs, evaluations and saves, and count what the run costs.
+
+    Of the run's time the page takes one per cent at most, and it is not written more often than every 30 seconds.
+    `device_seconds` in `run_state.json` are those of all devices by their name, of all starts, up to the last log.
+    """
+
+    SHARE, PAUSE = 0.01, 30.0
+
+    def __init__(self) -> None:
+        self.due = 0.0
+        self.before: dict[str, float] = {}
+
+    def on_train_begin(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Go on with what earlier starts have cost."""
+        if state.is_world_process_zero:
+            self.before = read_state(args.output_dir).get("device_seconds") or {}
+
+    def on_log(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count, and write when it is time."""
+        if state.is_world_process_zero:
+            record(args.output_dir, durable=False, device_seconds=self.spent(args))
+            self.write(args)
+
+    def on_save(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write when it is time."""
+        if state.is_world_process_zero:
+            self.write(args)
+
+    def spent(self, args: "SFTConfig") -> dict[str, float]:
+        """Seconds since this process began, times the processes, beside those of earlier starts."""
+        here = hardware(args.world_size)
+        device = here["gpu"] or f"CPU ({here['machine']})"
+        seconds = (time.time() - psutil.Process().create_time()) * args.world_size
+        return {**self.before, device: round(self.before.get(device, 0.0) + seconds, 1)}
+
+    def write(self, args: "SFTConfig") -> None:
+        """Write the report, and put the next one off by what this one took."""
+        if time.monotonic() < self.due:
+            return
+        from open_r1.report import try_to_write  # with jinja2 and plotly, when they are needed
+
+        begun = time.thread_time()
+        try_to_write(args.output_dir)
+        self.due = time.monotonic() + max(self.PAUSE, (time.thread_time() - begun) / self.SHARE)
+
+
+@contextlib.contextmanager
+def followed(trainer: "OrderedTrainer", prompts: list[Prompt]) -> Iterator[None]:
+    """Let people follow a run: on the terminal, in the report, by what the model says to prompts."""
+    display = shown(trainer)
+    trainer.add_callback(Report())
+    if prompts:
+        trainer.add_callback(Answers(trainer, prompts))
+    try:
+        yield
+    finally:
+        display.close()
 
 
 class PushToHubRevision(TrainerCallback):

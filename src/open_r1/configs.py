@@ -372,6 +372,24 @@ class SFTConfig(trl.SFTConfig):
             "above": 1,
         },
     )
+    sample_prompts: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Prompts that the model in training answers greedily, for samples.jsonl and the report: before "
+            "training, every sample_steps, and at its end. Each is what a user says, or a row with messages (and "
+            "tools, chat_template_kwargs) as datasets have them.",
+        },
+    )
+    sample_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimiser steps between two answers to sample_prompts. Default: at every evaluation.",
+            "above": 0,
+        },
+    )
+    sample_tokens: int = field(
+        default=128, metadata={"help": "Tokens after which an answer to sample_prompts is cut off.", "above": 0}
+    )
     callbacks: list[str] = field(
         default_factory=list,
         metadata={"help": "Callbacks to run while training.", "choices": ["push_to_hub_revision"]},

@@ -17,6 +17,7 @@ from open_r1.checkpoints import SAVING, flush, room, sync, write_whole
 from open_r1.errors import Stopped, UserError
 from open_r1.faults import watch
 from open_r1.findings import Finding, as_text, has_errors
+from open_r1.generations import Answers
 from open_r1.handover import answers, parameters, verify
 from open_r1.processes import Agreed
 from open_r1.recipe import Recipe
@@ -123,6 +124,9 @@ def after_saving(trainer: SFTTrainer, recipe: Recipe, prepared: "Prepared") -> l
     if trainer.is_world_process_zero():
         steps["manifest"] = lambda: write_manifest(trainer, recipe, prepared)
     steps["model card"] = trainer.create_model_card
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, Answers):
+            steps["sample_prompts"] = callback.ask
     steps["verification"] = lambda: verification(trainer, prepared.train.unpacked)
     if trainer.args.push_to_hub:
         steps["push"] = trainer.push_to_hub
@@ -188,7 +192,9 @@ def summarize(trainer: SFTTrainer) -> None:
     """Five lines: what was done, what came out, and where everything is."""
     out, history = Path(trainer.args.output_dir), trainer.state.log_history
     seconds = round(sum(entry.get("train_runtime", 0) for entry in history))
-    beside = sorted(path.name for path in [*out.glob("*_results.json"), *out.glob("checkpoint-*")])
+    beside = sorted(
+        path.name for path in [*out.glob("*_results.json"), *out.glob("checkpoint-*"), *out.glob("report.html")]
+    )
 
     def course(key: str) -> str:
         values = [entry[key] for entry in history if key in entry]

@@ -432,13 +432,18 @@ def answer_length(
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    said = greedy_answer(model, prompt, max_new_tokens)
+    return len(said) - 1 if said[-1] in as_set(model.generation_config.eos_token_id) else None
+
+
+def greedy_answer(model: PreTrainedModel, prompt: list[int], max_new_tokens: int, **kwargs: Any) -> list[int]:
+    """The token ids that a model says to those of a prompt, its stop token included where it stops."""
     ids = torch.tensor([prompt], device=model.device)
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1, **kwargs}
     output = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, **greedy
     )
-    said = output[0, ids.shape[1] :].tolist()
-    return len(said) - 1 if said[-1] in as_set(model.generation_config.eos_token_id) else None
+    return output[0, ids.shape[1] :].tolist()
 
 
 def as_set(ids: int | Sequence[int] | None) -> set[int]:

@@ -77,6 +77,7 @@ def entry_of(name: str, source_rows: int, drawn: np.ndarray, columns: dict[str, 
         **sums,
         "epochs": round(float(drawn.sum() / source_rows), 4),
         "lengths": lengths_of(lengths),
+        "histogram": histogram_of(lengths),
     }
 
 
@@ -113,6 +114,22 @@ def lengths_of(lengths: np.ndarray) -> dict[str, int]:
     if len(lengths) == 0:
         return {}
     return {f"p{p}": int(np.percentile(lengths, p)) for p in (50, 90, 99)} | {"max": int(lengths.max())}
+
+
+def histogram_of(lengths: np.ndarray) -> dict[str, int]:
+    """Rows by their length in tokens: the least length of each bin that has any -> rows.
+
+    Bins are the same for all data, four each time the length doubles: 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20 ...
+    """
+    octaves = 2 ** np.maximum(np.frexp(lengths)[1].astype(np.int64) - 1, 0)
+    firsts, rows = np.unique(octaves + octaves * ((lengths - octaves) * 4 // octaves) // 4, return_counts=True)
+    return dict(zip(map(str, firsts.tolist()), rows.tolist(), strict=True))
+
+
+def last_in_bin(first: int) -> int:
+    """The greatest length in the bin of a histogram that begins with `first`."""
+    octave = 2 ** max(0, first.bit_length() - 1)
+    return first + max(1, octave // 4) - 1
 
 
 def total_of(entries: list[Entry]) -> Entry:
@@ -158,7 +175,7 @@ def close(
         entry["achieved_share"] = round(entry[given] / max(1, total[given]), 4)
     for entry, proportion in zip(entries, proportions or (), strict=proportions is not None):
         entry["requested_share"] = round(proportion / sum(proportions), 4)
-    total["lengths"] = lengths_of(lengths)
+    total["lengths"], total["histogram"] = lengths_of(lengths), histogram_of(lengths)
     total["batch"] = batch
     total["padding_share"] = round(padding_share(lengths, batch), 4)
     return {"part": part, "in_proportion": proportions is not None, "sources": entries, "total": total}

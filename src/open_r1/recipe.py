@@ -6,6 +6,7 @@ second: this module imports neither torch nor TRL. All mistakes of a recipe are 
 
 import argparse
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -76,6 +77,18 @@ def written_out(recipe: Recipe) -> str:
     left = {key: spec.get("default") for key, spec in SCHEMA["properties"].items() if key not in recipe.values}
     lines += ["", "# Defaults", *(f"# {key}: {show(value)}" for key, value in left.items() if value is not None)]
     return "\n".join(lines) + "\n"
+
+
+def read_back(text: str) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+    """What `written_out` wrote: values, where each is from, and as text the defaults that were left."""
+    said, _, left = text.partition("\n# Defaults\n")
+    origin, before = {}, ""
+    for line in said.splitlines():
+        if key := re.match(r"(\w+):", line):
+            origin[key[1]] = before[2:] if before.startswith("# ") else line.rpartition("  # ")[2]
+        before = line
+    defaults = dict(line[2:].split(": ", 1) for line in left.splitlines() if ": " in line)
+    return yaml.safe_load(said) or {}, origin, defaults
 
 
 def add_layer(recipe: Recipe, values: dict[str, Any], places: dict[str, str], problems: list[str]) -> None:

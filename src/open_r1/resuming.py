@@ -40,6 +40,7 @@ FREE += ("fp16_full_eval", "save_", "push_", "hub_", "overwrite_", "callbacks", 
 FREE += ("env", "do_", "dataset_num_proc", "dataloader_num", "dataloader_pin", "dataloader_pers", "dataloader_pref")
 FREE += ("dataloader_multi", "ddp_timeout", "debug", "skip_memory", "include_num", "stall_timeout", "loss_spike")
 FREE += ("trust_remote_code", "max_bad_rows", "max_truncated", "activation_", "gradient_checkpointing", "torch_empty")
+FREE += ("sample_",)
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size")
 FIXED = ("optim", "use_peft", "lora_", "use_rslora", "use_dora", "load_in_", "bnb_", "use_bnb", "fsdp", "deepspeed")
 # Of the others, those that say which rows there are: with one of them, the rows may be others too.

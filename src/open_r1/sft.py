@@ -24,13 +24,14 @@ from open_r1.launch import require_launched, require_world
 from open_r1.processes import has_the_word, heed_others, others_told, record_how, require_one_run, wait_for_all
 from open_r1.recipe import Recipe, load_recipe, set_environment, written_out
 from open_r1.resuming import checkpoint_of, earlier_run, facts_of, finished
-from open_r1.run_state import held, holder, record, record_end
+from open_r1.run_state import held, holder, read_state, record, record_end
 from open_r1.stopping import EXIT_CODE, Preempted, Stop, heeded
 
 if TYPE_CHECKING:
     from open_r1.configs import ModelConfig, ScriptArguments, SFTConfig
 
 logger = logging.getLogger("open_r1")
+SAMPLES_SHOWN, SAMPLE_TOKENS = 2, 1000  # training rows of a source in the report, and tokens of one
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,6 +71,10 @@ def begun(recipe: Recipe, stop: Stop) -> int:
     except BaseException as error:
         stop.ended = stop.leaving = True  # the launcher's signals to those that are left must not cut this short
         record_how(output_dir, error, stop.begun)
+        if stop.begun and os.environ.get("RANK", "0") == "0":
+            from open_r1.report import try_to_write
+
+            try_to_write(output_dir)
         raise
 
 
@@ -85,16 +90,20 @@ def run(recipe: Recipe, stop: Stop) -> int:
 
     from open_r1 import ledger, preflight
     from open_r1.attention import settle_attention
-    from open_r1.callbacks import get_callbacks, ready_branch
+    from open_r1.callbacks import followed, get_callbacks, ready_branch
+    from open_r1.card import hardware
     from open_r1.chat import get_tokenizer
     from open_r1.defaults import settle
     from open_r1.faults import free_builds
     from open_r1.finish import after_saving, end, summarize, train
+    from open_r1.generations import prompts_of
     from open_r1.model import adapter_config, check_model, get_model
     from open_r1.order import order_of
     from open_r1.preparation import prepare
+    from open_r1.report import try_to_write
     from open_r1.trackers import name_run
     from open_r1.trainer import OrderedTrainer, tell_libraries, trainer_arguments
+    from open_r1.views import views_of, write_rows
 
     heed_others(stop, output_dir)
     script_args, training_args, model_args = build_configs(recipe)
@@ -107,6 +116,7 @@ def run(recipe: Recipe, stop: Stop) -> int:
     callbacks = get_callbacks(training_args)
 
     tokenizer = get_tokenizer(model_args, training_args)
+    prompts = prompts_of(training_args, tokenizer)
     prepared = prepare(script_args, training_args, tokenizer)
     wait_for_all("the data")
     settle(training_args, model_args, config, prepared.train, len(tokenizer), attention.by_document)
@@ -126,9 +136,12 @@ def run(recipe: Recipe, stop: Stop) -> int:
         ready_branch(training_args, resuming=bool(earlier))
         with room(Path(output_dir), "the run"):
             begins = {"status": "running", "reason": "", "global_step": earlier.get("step", 0), **holder()}
-            record(output_dir, **begins, **tracked, **facts)
+            same = read_state(output_dir).get("run_id") == tracked["run_id"]
+            spent = {} if same else {"device_seconds": {}}
+            record(output_dir, **begins, **tracked, **facts, **spent, hardware=hardware(training_args.world_size))
             Path(output_dir, "recipe.yaml").write_text(written_out(recipe), encoding="utf-8")
             ledger.write(output_dir, {name: part.ledger for name, part in prepared.parts.items()})
+            write_rows(output_dir, views_of(prepared.train, tokenizer, SAMPLES_SHOWN, SAMPLE_TOKENS))
     stop.begun = True
     model = get_model(model_args, training_args, tokenizer)
     trainer = OrderedTrainer(
@@ -146,13 +159,15 @@ def run(recipe: Recipe, stop: Stop) -> int:
         peft_config=adapter_config(model_args, model, tokenizer),
         callbacks=callbacks,
     )
-    train(trainer)
-    failed = after_saving(trainer, recipe, prepared)
+    with followed(trainer, prompts):
+        train(trainer)
+        failed = after_saving(trainer, recipe, prepared)
     if trainer.is_world_process_zero():
         if failed:
             record_end(output_dir, "failed", f"the model is saved, but failed: {', '.join(failed)}")
         else:
             record(output_dir, status="complete", global_step=trainer.state.global_step)
+        try_to_write(output_dir)
         summarize(trainer)
     end(trainer)
     return 1 if failed else 0

@@ -228,7 +228,7 @@ class OrderedTrainer(SFTTrainer):
             self.order.offset, same = earlier["rows_read"] - step * self.order.batch, False
         if self.is_world_process_zero():
             cut_back_order(out / "order.jsonl", step, self.order, self.part.key, same)
-            for name in ("loss_spikes.jsonl", "bad_batch.jsonl"):
+            for name in ("loss_spikes.jsonl", "bad_batch.jsonl", "samples.jsonl"):
                 cut_back(out / name, step)
             cut_back_metrics(out / METRICS, step, self.state.log_history)
 

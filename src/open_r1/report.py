@@ -1,0 +1,484 @@
+"""`report.html`: a run as people look at it, in one file that needs no other, from what the run has measured.
+
+All that is shown stands in files of output_dir, and each number says where: `metrics.jsonl:12#loss` is key `loss` in
+line 12, `ledger.json#train/total/tokens` a path of keys; where that holds several numbers, it is their sum.
+"""
+
+import json
+import logging
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from open_r1.checkpoints import write_whole
+from open_r1.errors import UserError
+from open_r1.figures import Lines, compared, figures_of, histogram, is_number
+from open_r1.ledger import ROWS_SHOWN, TOKENS_SHOWN, WITHOUT_PROPORTION
+from open_r1.recipe import read_back
+from open_r1.run_state import RUN_STATE
+from open_r1.schema import looks_secret, masked
+from open_r1.views import TRAIN_SAMPLES, visible
+
+logger = logging.getLogger(__name__)
+REPORT = "report.html"
+LINES_SHOWN = 8  # of rejected rows, spikes, and of what is said to one prompt in the course of a run
+BLUNT = ("output_dir", "run_name", "resume")  # settings that differ between any two runs
+
+
+class Value(NamedTuple):
+    """What a cell shows: its text, and where it is a number that number and its source."""
+
+    text: str
+    raw: float | None = None
+    source: str = ""
+
+
+class Table(NamedTuple):
+    """A table: what it is, its source in small print, heads of columns and lines; `wide` where cells are texts."""
+
+    title: str
+    source: str
+    heads: list[str]
+    lines: list[list[Value]]
+    wide: bool = False
+
+
+class Run(NamedTuple):
+    """What the files of an output directory say of its run; what is not there is empty."""
+
+    name: str
+    metrics: Lines
+    ledger: dict[str, Any]
+    state: dict[str, Any]
+    manifest: dict[str, Any]
+    recipe: tuple[dict[str, Any], dict[str, str], dict[str, str]]
+    samples: Lines
+    rows: list[dict[str, Any]]
+    spikes: Lines
+    rejected: Lines
+
+
+# Reading
+
+
+def read_run(path: Path) -> Run:
+    """Read a run, also one that is still going or was killed. Raises `UserError` when there is none."""
+    if not (path / RUN_STATE).is_file():
+        raise UserError(f"{path}: holds no run ({RUN_STATE} is missing); name the output_dir of one")
+    recipe = (path / "recipe.yaml").read_text(encoding="utf-8") if (path / "recipe.yaml").exists() else ""
+    return Run(
+        name=cleaned(path.absolute().name),
+        metrics=[line for line in read_lines(path / "metrics.jsonl", plain=True) if is_number(line[1].get("step"))],
+        ledger=cleaned(read_json(path / "ledger.json")),
+        state=cleaned(read_json(path / RUN_STATE)),
+        manifest=cleaned(read_json(path / "manifest.json")),
+        recipe=cleaned(read_back(recipe)),
+        samples=read_lines(path / "samples.jsonl"),
+        rows=cleaned(read_json(path / TRAIN_SAMPLES) or []),
+        spikes=read_lines(path / "loss_spikes.jsonl"),
+        rejected=read_lines(path / "rejected.jsonl"),
+    )
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds, {} when it is not there or not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def read_lines(path: Path, plain: bool = False) -> Lines:
+    """The objects in a file of JSON lines, each with its number; `plain` ones hold numbers alone."""
+    lines = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
+        try:
+            said = json.loads(line)
+        except ValueError:  # the last one, while it is written
+            continue
+        if isinstance(said, dict):
+            lines.append((number, said if plain else cleaned(said)))
+    return lines
+
+
+def cleaned(value: Any) -> Any:
+    """A value whose texts show what would hide in them, and no secret."""
+    if isinstance(value, str):
+        return visible(masked(value))
+    if isinstance(value, dict):
+        return {cleaned(str(key)): cleaned(item) for key, item in value.items()}
+    return [cleaned(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+# Numbers in words
+
+
+def count(number: float) -> str:
+    """12,345"""
+    return f"{number:,.0f}"
+
+
+def share(number: float) -> str:
+    """12.3%"""
+    return f"{number:.1%}"
+
+
+def figure(number: float) -> str:
+    """0.1235, 1.2e-05"""
+    return f"{number:.4g}"
+
+
+def seconds(number: float) -> str:
+    """1 h 2 min, 3 min 4 s, 5.6 s"""
+    if number >= 3600:
+        return f"{number // 3600:,.0f} h {number % 3600 // 60:.0f} min"
+    return f"{number // 60:.0f} min {number % 60:.0f} s" if number >= 60 else f"{number:.1f} s"
+
+
+def hours(number: float) -> str:
+    """1.234 h, of seconds"""
+    return f"{number / 3600:,.3f} h"
+
+
+def gib(number: float) -> str:
+    """1.23 GiB"""
+    return f"{number / 2**30:,.2f} GiB"
+
+
+def value(number: Any, source: str, words: Callable[[float], str] = figure) -> Value:
+    """A number with its source; texts and nothing as they are."""
+    if isinstance(number, dict):
+        number = sum(number.values())
+    return Value(words(number), number, source) if is_number(number) else Value("" if number is None else str(number))
+
+
+def last(run: Run, key: str, words: Callable[[float], str] = figure) -> list[Value]:
+    """The last number that was logged under a key: one, or none."""
+    found = [(number, line[key]) for number, line in run.metrics if is_number(line.get(key))]
+    return [value(found[-1][1], f"metrics.jsonl:{found[-1][0]}#{key}", words)] if found else []
+
+
+def extreme(run: Run, key: str, choose: Callable, words: Callable[[float], str] = figure) -> list[Value]:
+    """The least or the greatest number that was logged under a key: one, or none."""
+    found = [(line[key], number) for number, line in run.metrics if is_number(line.get(key))]
+    if not found:
+        return []
+    most, number = choose(found, key=lambda pair: pair[0])
+    return [value(most, f"metrics.jsonl:{number}#{key}", words)]
+
+
+# What is shown
+
+# Name, key, how it is chosen of what was logged, how it is written.
+RESULTS: list[tuple[str, str, Callable | None, Callable[[float], str]]] = [
+    ("loss at last", "loss", None, figure),
+    ("evaluation loss at last", "eval_loss", None, figure),
+    ("evaluation loss at best", "eval_loss", min, figure),
+    ("epochs", "epoch", None, figure),
+    ("training time", "train_runtime", None, seconds),
+    ("tokens read", "num_tokens", None, count),
+    ("real tokens", "real_tokens", None, count),
+    ("supervised tokens", "supervised_tokens", None, count),
+    ("real tokens/s and device", "real_tokens_per_second", None, count),
+    ("supervised tokens/s and device", "supervised_tokens_per_second", None, count),
+    ("MFU", "mfu", None, share),
+    ("peak memory", "peak_memory_bytes", max, gib),
+]
+
+
+def headlines(run: Run) -> dict[str, Value]:
+    """What a run came to, by name."""
+    found = {"status": Value(f"{run.state.get('status', 'unknown')}")}
+    found["steps"] = value(run.state.get("global_step"), f"{RUN_STATE}#global_step", count)
+    for name, key, choose, words in RESULTS:
+        for number in extreme(run, key, choose, words) if choose else last(run, key, words):
+            found[name] = number
+    for device, spent in run.state.get("device_seconds", {}).items():
+        found[f"device time, {device}"] = value(spent, f"{RUN_STATE}#device_seconds/{escaped(device)}", hours)
+    if "real tokens" in found:
+        found.pop("tokens read", None)
+    return found
+
+
+def escaped(key: str) -> str:
+    """A key as a part of a path."""
+    return key.replace("~", "~0").replace("/", "~1")
+
+
+def ledger_tables(ledger: dict[str, Any], part: str) -> list[Table]:
+    """The ledger of a part: rows, tokens, what was dropped and why, padding."""
+    entries = [(f"sources/{number}", entry) for number, entry in enumerate(ledger["sources"])]
+    entries += [("total", ledger["total"])] if len(entries) > 1 else []
+    tables = []
+    for what, columns in (("rows", ROWS_SHOWN), ("tokens", TOKENS_SHOWN)):
+        heads = columns if ledger["in_proportion"] else [WITHOUT_PROPORTION.get(name, name) for name in columns]
+        lines = [
+            [Value(entry["source"]), *(cell(entry, key, f"ledger.json#{part}/{at}") for key in columns.values())]
+            for at, entry in entries
+        ]
+        tables.append(Table(f"{part.capitalize()}, {what}", f"ledger.json: {part}", ["source", *heads], lines))
+    dropped = [
+        [
+            Value(entry["source"]),
+            Value(reason),
+            value(rows, f"ledger.json#{part}/{at}/dropped/{escaped(reason)}", count),
+        ]
+        for at, entry in entries
+        if at != "total"
+        for reason, rows in sorted(entry["dropped"].items(), key=lambda pair: -pair[1])
+    ]
+    if dropped:
+        tables.append(
+            Table(f"{part.capitalize()}, dropped rows", f"ledger.json: {part}", ["source", "reason", "rows"], dropped)
+        )
+    total = {
+        key: ledger["total"].get(key)
+        for key in ("padding_share", "packs", "packing_efficiency", "packed_padding_share")
+    }
+    lines = [
+        [Value(PADDING[key]), value(number, f"ledger.json#{part}/total/{key}", count if key == "packs" else share)]
+        for key, number in total.items()
+        if number is not None
+    ]
+    return [*tables, Table(f"{part.capitalize()}, padding", f"ledger.json: {part}/total", ["what", ""], lines)]
+
+
+PADDING = {
+    "padding_share": "padding in a batch of rows in a random order",
+    "packs": "packed rows",
+    "packing_efficiency": "of a packed row is filled",
+    "packed_padding_share": "padding in a batch of packed rows",
+}
+
+
+def cell(entry: dict[str, Any], key: str, at: str) -> Value:
+    """A number of a ledger's entry."""
+    nested = key not in entry and key in entry["lengths"]
+    found = entry["lengths"].get(key) if nested else entry.get(key)
+    words = share if key.endswith("share") else figure if key == "epochs" else count
+    return value(found, f"{at}/{'lengths/' if nested else ''}{key}", words)
+
+
+def recipe_table(run: Run) -> Table:
+    """The settings of a run, each with where it is from."""
+    values, origin, _ = run.recipe
+    lines = [[Value(key), Value(setting(key, said)), Value(origin.get(key, ""))] for key, said in values.items()]
+    return Table("Settings", "recipe.yaml", ["setting", "value", "from"], lines, wide=True)
+
+
+def setting(key: str, said: Any) -> str:
+    """A setting as YAML, without a secret."""
+    if looks_secret(key, said):
+        return "a secret, not shown"
+    return (
+        yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=10**6).removesuffix("\n").removesuffix("\n...")
+    )
+
+
+def about(run: Run) -> list[Table]:
+    """Hardware, versions and code."""
+    tables = []
+    for title in ("hardware", "versions", "code"):
+        name, held = next(
+            (
+                (name, file[title])
+                for name, file in (("manifest.json", run.manifest), (RUN_STATE, run.state))
+                if title in file
+            ),
+            ("", {}),
+        )
+        lines = [[Value(key), Value(str(said))] for key, said in held.items() if said is not None]
+        if lines:
+            tables.append(Table(title.capitalize(), f"{name}: {title}", ["what", ""], lines))
+    return tables
+
+
+def events(run: Run) -> list[Table]:
+    """Losses that jumped, and rows that were dropped."""
+    tables = []
+    if run.spikes:
+        lines = [
+            [
+                value(said.get("step"), f"loss_spikes.jsonl:{number}#step", count),
+                value(said.get("loss"), f"loss_spikes.jsonl:{number}#loss"),
+                value(said.get("median"), f"loss_spikes.jsonl:{number}#median"),
+                Value(said.get("place", "")),
+                Value(said.get("excerpt", "")),
+            ]
+            for number, said in run.spikes[:LINES_SHOWN]
+        ]
+        heads = ["step", "loss", "median before", "row", "excerpt"]
+        tables.append(Table("Losses that jumped", shown_of("loss_spikes.jsonl", run.spikes), heads, lines, wide=True))
+    if run.rejected:
+        lines = [
+            [Value(said.get("place", "")), Value(said.get("reason", "")), Value(said.get("excerpt", ""))]
+            for _, said in run.rejected[:LINES_SHOWN]
+        ]
+        heads = ["row", "reason", "excerpt"]
+        tables.append(
+            Table("Rows that were dropped", shown_of("rejected.jsonl", run.rejected), heads, lines, wide=True)
+        )
+    return tables
+
+
+def shown_of(file: str, lines: Lines) -> str:
+    """The source of a table that shows the first lines of a file."""
+    return f"{file}: the first {LINES_SHOWN} of {len(lines):,} lines" if len(lines) > LINES_SHOWN else file
+
+
+def generations(run: Run) -> list[dict[str, Any]]:
+    """What the model said to each of `sample_prompts`, in the course of the run: some of the steps, first and last."""
+    prompts: dict[str, Lines] = {}
+    for number, said in run.samples:
+        prompts.setdefault(str(said.get("prompt", "")), []).append((number, said))
+    shown = []
+    for prompt, lines in prompts.items():
+        some = {round(at * (len(lines) - 1) / (LINES_SHOWN - 1)) for at in range(LINES_SHOWN)}
+        said = [
+            {
+                "step": value(line.get("step"), f"samples.jsonl:{number}#step", count),
+                "tokens": value(line.get("tokens"), f"samples.jsonl:{number}#tokens", count),
+                "stopped": line.get("stopped"),
+                "text": line.get("text", ""),
+            }
+            for number, line in (lines[at] for at in sorted(some))
+        ]
+        shown.append({"prompt": prompt, "said": said, "of": len(lines)})
+    return shown
+
+
+def differing(runs: dict[str, Run]) -> list[Table]:
+    """Settings and versions that are not the same in all of several runs."""
+    settings = {
+        name: {**run.recipe[2], **{k: setting(k, v) for k, v in run.recipe[0].items()}} for name, run in runs.items()
+    }
+    versions = {
+        name: {**run.state.get("versions", {}), "open_r1": run.state.get("code", {}).get("digest")}
+        for name, run in runs.items()
+    }
+    hardware = {name: run.manifest.get("hardware", run.state.get("hardware", {})) for name, run in runs.items()}
+    tables = []
+    for title, source, held in (
+        ("Settings that differ", "recipe.yaml", settings),
+        ("Versions that differ", RUN_STATE, versions),
+        ("Hardware that differs", "manifest.json or run_state.json", hardware),
+    ):
+        keys = dict.fromkeys(key for said in held.values() for key in said if key not in BLUNT)
+        lines = [
+            [
+                Value(key),
+                *(Value(str(said[key])) if said.get(key) is not None else Value("") for said in held.values()),
+            ]
+            for key in keys
+            if len({str(said.get(key)) for said in held.values()}) > 1
+        ]
+        if lines:
+            tables.append(Table(title, source, ["", *runs], lines, wide=True))
+    return tables
+
+
+def results(runs: dict[str, Run]) -> Table:
+    """What several runs came to, side by side."""
+    found = {name: headlines(run) for name, run in runs.items()}
+    names = dict.fromkeys(name for each in found.values() for name in each)
+    lines = [[Value(name), *(each.get(name, Value("")) for each in found.values())] for name in names]
+    return Table("Results", "each run's own files", ["", *runs], lines)
+
+
+# The page
+
+
+def sections_of(run: Run) -> list[dict[str, Any]]:
+    """What the page of one run shows: titled sections of figures, tables and texts."""
+    parts = {part: run.ledger[part] for part in ("train", "eval") if part in run.ledger}
+    lengths = [histogram(ledger, part) for part, ledger in parts.items() if "histogram" in ledger["total"]]
+    tables = [table for part, ledger in parts.items() for table in ledger_tables(ledger, part)]
+    left = [[Value(key), Value(said)] for key, said in run.recipe[2].items()]
+    sections = [
+        {"title": "Course", "figures": figures_of(run.metrics)},
+        {"title": "What the model says", "generations": generations(run)},
+        {"title": "Data", "tables": tables, "figures": [each for each in lengths if each.series]},
+        {"title": "What is learnt", "rows": run.rows},
+        {"title": "What was noticed", "tables": events(run)},
+        {"title": "Recipe", "tables": [recipe_table(run)] if run.recipe[0] else []},
+        {
+            "title": "Defaults",
+            "tables": [Table("Defaults", "recipe.yaml", ["setting", "value"], left, True)] if left else [],
+            "folded": True,
+        },
+        {"title": "Where it ran", "tables": about(run)},
+    ]
+    return [each for each in sections if any(each.get(key) for key in ("figures", "tables", "generations", "rows"))]
+
+
+def sections_of_several(runs: dict[str, Run]) -> list[dict[str, Any]]:
+    """What the page of several runs shows."""
+    sections = [
+        {"title": "Results", "tables": [results(runs)]},
+        {"title": "Differences", "tables": differing(runs)},
+        {"title": "Course", "figures": compared({name: run.metrics for name, run in runs.items()})},
+    ]
+    return [each for each in sections if each.get("figures") or each.get("tables")]
+
+
+def page(title: str, lead: dict[str, Value], note: str, sections: list[dict[str, Any]]) -> str:
+    """The HTML document; whatever comes from files is escaped, and no script runs in it but those that are ours."""
+    from jinja2 import Environment, PackageLoader
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    figures = [figure for section in sections for figure in section.get("figures", ())]
+    said = [{**figure._asdict(), "series": [series._asdict() for series in figure.series]} for figure in figures]
+    environment = Environment(
+        loader=PackageLoader("open_r1", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("report.html.jinja").render(
+        title=title,
+        lead=lead,
+        note=note,
+        sections=sections,
+        figures=Markup(json.dumps(said).replace("<", "\\u003c")),  # noqa: S704  no tag can begin in it
+        plotly=Markup(get_plotlyjs()) if figures else "",  # noqa: S704
+        nonce=secrets.token_urlsafe(16),
+    )
+
+
+def write(output_dir: str | Path, out: Path | None = None) -> Path:
+    """Write the report of a run into its output_dir, or to `out`; returns where. Raises `UserError` and `OSError`."""
+    run = read_run(Path(output_dir))
+    reason = run.state.get("reason")
+    note = f"{run.state.get('updated', '')}{f': {reason}' if reason else ''}"
+    path = out or Path(output_dir) / REPORT
+    write_whole(path, page(run.name, headlines(run), note, sections_of(run)), durable=False)
+    return path
+
+
+def write_comparison(paths: list[Path], out: Path) -> Path:
+    """Write one page that compares several runs; returns where. Raises `UserError` and `OSError`."""
+    runs = {name: read_run(path) for name, path in zip(told_apart(paths), paths, strict=True)}
+    note = "; ".join(f"{name}: {path}" for name, path in zip(runs, paths, strict=True))
+    write_whole(out, page(f"{len(runs)} runs", {}, note, sections_of_several(runs)), durable=False)
+    return out
+
+
+def told_apart(paths: list[Path]) -> list[str]:
+    """A name for each of several directories: its last parts, as many as tell them apart."""
+    parts = [path.absolute().parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-depth:]) for each in parts]
+        if len({*names}) == len(names):
+            return [cleaned(name) for name in names]
+    raise UserError(f"{paths[0]}: is named more than once")
+
+
+def try_to_write(output_dir: str) -> None:
+    """Write a run's report, and say where that fails: a page never stops what it is about."""
+    try:
+        write(output_dir)
+    except (OSError, UserError) as error:
+        logger.warning("%s was not written: %s", REPORT, error)
+    except Exception:
+        logger.exception("%s was not written", REPORT)
