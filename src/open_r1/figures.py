@@ -4,6 +4,7 @@ A figure says what it is, the series say where each number is from; nothing is s
 """
 
 import math
+import re
 from typing import Any, NamedTuple
 
 from open_r1.ledger import Entry
@@ -26,7 +27,7 @@ class Series(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A plot. `kind`: line, area (stacked) or bar (stacked); `unit` of y; `format` of its numbers, as d3 takes it."""
+    """A plot. `kind`: line, level (from zero), area or bar (stacked); `unit` of y; `format` of numbers, as of d3."""
 
     title: str
     series: list[Series]
@@ -40,7 +41,7 @@ class Figure(NamedTuple):
         """Where its numbers are from, in small print."""
         files: dict[str, list[str]] = {}
         for series in self.series:
-            files.setdefault(series.file, []).append(series.key)
+            files.setdefault(series.file, []).append(re.sub(r"(?<=loss/).*|(?<=sources/)\d+", "*", series.key))
         return "; ".join(f"{file}: {', '.join(dict.fromkeys(keys))}" for file, keys in files.items())
 
     @property
@@ -69,19 +70,19 @@ OF_A_RUN: list[tuple[str, dict[str, str], str, str, str]] = [
         },
         "tokens/s",
         ".4~s",
-        "line",
+        "level",
     ),
-    ("Padding", {"padding_share": "share of padding"}, "", ".1%", "line"),
+    ("Padding", {"padding_share": "share of padding"}, "", ".1%", "level"),
     (
         "Seconds of a step",
         {"compute_seconds": "compute", "data_seconds": "waiting for data", "other_seconds": "other"},
         "s",
-        ".3~s",
+        ".3~g",
         "area",
     ),
-    ("Peak memory", {"peak_memory_bytes": "of a device"}, "B", ".3~s", "line"),
-    ("Model FLOPs utilisation", {"mfu": "MFU"}, "", ".1%", "line"),
-    ("Model TFLOP/s per device", {"tflops": "TFLOP/s"}, "TFLOP/s", ".4~g", "line"),
+    ("Peak memory", {"peak_memory_bytes": "of a device"}, "B", ".4~s", "level"),
+    ("Model FLOPs utilisation", {"mfu": "MFU"}, "", ".1%", "level"),
+    ("Model TFLOP/s per device", {"tflops": "TFLOP/s"}, "TFLOP/s", ".4~g", "level"),
 ]
 # Key, title, unit, format.
 COMPARED = [
@@ -92,8 +93,8 @@ COMPARED = [
     ("real_tokens_per_second", "Real tokens per second and device", "tokens/s", ".4~s"),
     ("supervised_tokens_per_second", "Supervised tokens per second and device", "tokens/s", ".4~s"),
     ("padding_share", "Share of padding", "", ".1%"),
-    ("step_seconds", "Seconds of a step", "s", ".3~s"),
-    ("peak_memory_bytes", "Peak memory", "B", ".3~s"),
+    ("step_seconds", "Seconds of a step", "s", ".3~g"),
+    ("peak_memory_bytes", "Peak memory", "B", ".4~s"),
     ("mfu", "Model FLOPs utilisation", "", ".1%"),
 ]
 
@@ -132,7 +133,7 @@ def by_source(lines: Lines) -> Figure:
     series = []
     for key in keys:
         name, evaluated = key.partition("/")[2], key.startswith("eval_")
-        title = names[name] + (", evaluation" if evaluated else "")
+        title = names[name] + (" (eval)" if evaluated else "")
         series += series_of(lines, key, title, sources.index(name), aside=evaluated)
     return Figure("Loss by source", series, format=".4~f")
 
@@ -155,7 +156,8 @@ def compared(runs: dict[str, Lines]) -> list[Figure]:
     figures = []
     for key, title, unit, number in COMPARED:
         found = [series_of(lines, key, name, color) for color, (name, lines) in enumerate(runs.items())]
-        figures.append(Figure(title, sum(found, []), unit=unit, format=number))
+        kind = "level" if unit or number.endswith("%") else "line"
+        figures.append(Figure(title, sum(found, []), unit=unit, format=number, kind=kind))
     return [figure for figure in figures if figure.series]
 
 
@@ -172,6 +174,9 @@ def histogram(ledger: Entry, part: str) -> Figure:
 
 
 def short(names: list[str]) -> list[str]:
-    """Names of sources without their folders, where they still differ then."""
+    """Names of sources without folders, and without the split that all of them end with, where they still differ."""
     last = [name.rpartition("/")[2] for name in names]
+    splits = {name.rpartition(":")[2] for name in last}
+    if len(splits) == 1 and all(":" in name for name in last):
+        last = [name.rpartition(":")[0] for name in last]
     return last if len({*last}) == len({*names}) else names

@@ -50,9 +50,7 @@ def prompts_of(args: "SFTConfig", tokenizer: PreTrainedTokenizerBase) -> list[Pr
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"sample_prompts.{number}: cannot be asked: {reason}") from error
     if prompts and launch_of(args) == "fsdp":
-        logger.warning(
-            "sample_prompts: left out: under FSDP no process has the whole model"
-        )
+        logger.warning("sample_prompts: left out: under FSDP no process has the whole model")
         return []
     return prompts
 
@@ -107,7 +105,7 @@ class Answers(TrainerCallback):
             self.ask()
 
     def ask(self) -> None:
-        """Ask every prompt, once in a step, and write down what is said. Without ZeRO-3, a failure is only reported."""
+        """Ask every prompt, once in a step, and write down what is said. Without ZeRO-3 a failure is only said."""
         step, first = self.trainer.state.global_step, self.trainer.is_world_process_zero()
         if step == self.last or (self.last < 0 and step and self.asked(step)):
             return

@@ -135,7 +135,7 @@ class Display(TrainerCallback):
     def panel(self, state: TrainerState) -> Group:
         """Two lines: how far it is, and the last numbers that were logged."""
         grid = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=max(1, state.max_steps), completed=state.global_step, width=24)
+        bar = ProgressBar(total=max(1, state.max_steps), completed=state.global_step, width=24, complete_style="cyan")
         grid.add_row(f"step {state.global_step:,}/{state.max_steps:,}", bar, self.clock(state))
         said = numbers(self.logged)
         if self.evaluated:

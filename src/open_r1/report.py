@@ -450,7 +450,7 @@ def write(output_dir: str | Path, out: Path | None = None) -> Path:
     """Write the report of a run into its output_dir, or to `out`; returns where. Raises `UserError` and `OSError`."""
     run = read_run(Path(output_dir))
     reason = run.state.get("reason")
-    note = f"{run.state.get('updated', '')}{f': {reason}' if reason else ''}"
+    note = f"as of {run.state.get('updated', 'unknown')}{f': {reason}' if reason else ''}"
     path = out or Path(output_dir) / REPORT
     write_whole(path, page(run.name, headlines(run), note, sections_of(run)), durable=False)
     return path
