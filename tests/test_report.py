@@ -265,7 +265,7 @@ def test_stretches_are_the_tokens():
 def test_recipe_with_origins_and_defaults(run, page):
     text = (run / "recipe.yaml").read_text()
     values, origin, left = read_back(text)
-    assert values["max_steps"] == 4 and origin["max_steps"] == "command line" and left["weight_decay"] == "0.0"
+    assert values["max_steps"] == 4 and origin["max_steps"] == "command line" and left["weight_decay"] == 0.0
     assert {*values} == {*origin}
     for words in ("max_steps", "weight_decay", "command line"):
         assert words in page.text
@@ -280,7 +280,7 @@ def test_a_recipe_is_read_back_as_it_was_written(tmp_path):
     recipe = load_recipe(["--config", str(path), "--max_steps", "3"])
     values, origin, left = read_back(written_out(recipe))
     assert values == recipe.values and origin == recipe.origin
-    assert left["adam_beta1"] == "0.9"
+    assert left["adam_beta1"] == 0.9
 
 
 def test_hardware_versions_and_cost(run, page):

@@ -143,7 +143,8 @@ class Answers(TrainerCallback):
             file.writelines(json.dumps({"step": step, **answer}) + "\n" for answer in answers)
         for number, answer in enumerate(answers):
             asked, said = (visible(" ".join(answer[key].split())) for key in ("prompt", "text"))
-            logger.info("step %d, %s -> %s", step, asked[: LOGGED // 2], said[:LOGGED] + "…" * (len(said) > LOGGED))
+            said = said[:LOGGED] + "…" * (len(said) > LOGGED or not answer["stopped"])
+            logger.info("step %d, %s -> %s (%d tokens)", step, asked[: LOGGED // 2], said, answer["tokens"])
             for callback in self.trainer.callback_handler.callbacks:
                 if writer := getattr(callback, "tb_writer", None):
                     writer.add_text(f"sample_prompts/{number}", f"{answer['prompt']}\n\n{answer['text']}", step)

@@ -5,6 +5,8 @@ second: this module imports neither torch nor TRL. All mistakes of a recipe are 
 """
 
 import argparse
+import ast
+import contextlib
 import os
 import re
 from dataclasses import dataclass, field
@@ -79,15 +81,18 @@ def written_out(recipe: Recipe) -> str:
     return "\n".join(lines) + "\n"
 
 
-def read_back(text: str) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
-    """What `written_out` wrote: values, where each is from, and as text the defaults that were left."""
+def read_back(text: str) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
+    """What `written_out` wrote: values, where each is from, and the defaults that were left, long ones as text."""
     said, _, left = text.partition("\n# Defaults\n")
     origin, before = {}, ""
     for line in said.splitlines():
         if key := re.match(r"(\w+):", line):
             origin[key[1]] = before[2:] if before.startswith("# ") else line.rpartition("  # ")[2]
         before = line
-    defaults = dict(line[2:].split(": ", 1) for line in left.splitlines() if ": " in line)
+    defaults: dict[str, Any] = dict(line[2:].split(": ", 1) for line in left.splitlines() if ": " in line)
+    for key, shown in defaults.items():
+        with contextlib.suppress(ValueError, SyntaxError):  # cut short
+            defaults[key] = ast.literal_eval(shown)
     return yaml.safe_load(said) or {}, origin, defaults
 
 

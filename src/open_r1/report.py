@@ -353,7 +353,8 @@ def generations(run: Run) -> list[dict[str, Any]]:
 def differing(runs: dict[str, Run]) -> list[Table]:
     """Settings and versions that are not the same in all of several runs."""
     settings = {
-        name: {**run.recipe[2], **{k: setting(k, v) for k, v in run.recipe[0].items()}} for name, run in runs.items()
+        name: {key: setting(key, said) for key, said in {**run.recipe[2], **run.recipe[0]}.items()}
+        for name, run in runs.items()
     }
     versions = {
         name: {**run.state.get("versions", {}), "open_r1": run.state.get("code", {}).get("digest")}
@@ -396,7 +397,7 @@ def sections_of(run: Run) -> list[dict[str, Any]]:
     parts = {part: run.ledger[part] for part in ("train", "eval") if part in run.ledger}
     lengths = [histogram(ledger, part) for part, ledger in parts.items() if "histogram" in ledger["total"]]
     tables = [table for part, ledger in parts.items() for table in ledger_tables(ledger, part)]
-    left = [[Value(key), Value(said)] for key, said in run.recipe[2].items()]
+    left = [[Value(key), Value(setting(key, said))] for key, said in run.recipe[2].items()]
     sections = [
         {"title": "Course", "figures": figures_of(run.metrics)},
         {"title": "What the model says", "generations": generations(run)},
