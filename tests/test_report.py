@@ -45,7 +45,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.attributes += [(tag, name, value) for name, value in attributes]
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "wbr"):
             self.inside.append((tag, dict(attributes)))
         if tag == "data":
             found = dict(attributes)
@@ -113,6 +113,11 @@ def metrics_of(out):
             line |= {f"loss/{name}": entry["loss"] + draw.random() for name in sources}
         elif "eval_loss" in entry:
             line |= {f"eval_loss/{name}": entry["eval_loss"] + draw.random() for name in sources}
+        elif "train_runtime" in entry:
+            line |= {f"train_{kind}_seconds": draw.random() for kind in report.TIMES}
+            line |= {"train_real_tokens": tokens, "train_supervised_tokens": tokens // 2, "train_mfu": None}
+            line |= {f"train_loss/{name}": draw.random() for name in sources}
+            line |= {f"train_loss_tokens/{name}": draw.randrange(1000) for name in sources}
         lines.append(line)
     return lines
 
@@ -192,6 +197,7 @@ def test_every_number_is_where_the_page_says(run, page):
         assert shown == pytest.approx(value, abs=exact), (source, text, value)
     sources = {source.partition("#")[0].partition(":")[0] for _, source, _ in page.numbers}
     assert sources == {*FILES}
+    assert "Where the time went" in page.text and "of tokens" in page.text
 
 
 def test_every_plotted_number_is_in_its_file(run, page):

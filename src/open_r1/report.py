@@ -155,52 +155,85 @@ def value(number: Any, source: str, words: Callable[[float], str] = figure) -> V
     return Value(words(number), number, source) if is_number(number) else Value("" if number is None else str(number))
 
 
-def last(run: Run, key: str, words: Callable[[float], str] = figure) -> list[Value]:
-    """The last number that was logged under a key: one, or none."""
-    found = [(number, line[key]) for number, line in run.metrics if is_number(line.get(key))]
-    return [value(found[-1][1], f"metrics.jsonl:{found[-1][0]}#{key}", words)] if found else []
+def logged(run: Run, key: str) -> list[tuple[float, int]]:
+    """The numbers that were logged under a key, each with its line."""
+    return [(line[key], number) for number, line in run.metrics if is_number(line.get(key))]
 
 
-def extreme(run: Run, key: str, choose: Callable, words: Callable[[float], str] = figure) -> list[Value]:
-    """The least or the greatest number that was logged under a key: one, or none."""
-    found = [(line[key], number) for number, line in run.metrics if is_number(line.get(key))]
-    if not found:
-        return []
-    most, number = choose(found, key=lambda pair: pair[0])
-    return [value(most, f"metrics.jsonl:{number}#{key}", words)]
+def of_line(found: tuple[float, int], key: str, words: Callable[[float], str] = figure) -> Value:
+    """A logged number and its line as a value."""
+    return value(found[0], f"metrics.jsonl:{found[1]}#{key}", words)
+
+
+def newest(run: Run, key: str, words: Callable[[float], str] = figure) -> Value:
+    """The last number that was logged under a key, an empty value without any."""
+    found = logged(run, key)
+    return of_line(found[-1], key, words) if found else Value("")
 
 
 # What is shown
 
-# Name, key, how it is chosen of what was logged, how it is written.
-RESULTS: list[tuple[str, str, Callable | None, Callable[[float], str]]] = [
-    ("loss at last", "loss", None, figure),
-    ("evaluation loss at last", "eval_loss", None, figure),
-    ("evaluation loss at best", "eval_loss", min, figure),
-    ("epochs", "epoch", None, figure),
-    ("training time", "train_runtime", None, seconds),
-    ("tokens read", "num_tokens", None, count),
-    ("real tokens", "real_tokens", None, count),
-    ("supervised tokens", "supervised_tokens", None, count),
-    ("real tokens/s and device", "real_tokens_per_second", None, count),
-    ("supervised tokens/s and device", "supervised_tokens_per_second", None, count),
-    ("MFU", "mfu", None, share),
-    ("peak memory", "peak_memory_bytes", max, gib),
+# Name, keys of which the first that was logged counts, which of its numbers (the last one unless said), in words.
+RESULTS: list[tuple[str, tuple[str, ...], Callable | None, Callable[[float], str]]] = [
+    ("loss at last", ("loss",), None, figure),
+    ("evaluation loss at last", ("eval_loss",), None, figure),
+    ("evaluation loss at best", ("eval_loss",), min, figure),
+    ("epochs", ("epoch",), None, figure),
+    ("training time", ("train_runtime",), None, seconds),
+    ("tokens read", ("train_real_tokens", "real_tokens", "num_tokens"), None, count),
+    ("supervised tokens", ("train_supervised_tokens", "supervised_tokens"), None, count),
+    ("tokens/s and device", ("train_real_tokens_per_second", "real_tokens_per_second"), None, count),
+    (
+        "supervised tokens/s and device",
+        ("train_supervised_tokens_per_second", "supervised_tokens_per_second"),
+        None,
+        count,
+    ),
+    ("padding", ("train_padding_share", "padding_share"), None, share),
+    ("MFU", ("train_mfu", "mfu"), None, share),
+    ("peak memory", ("train_peak_memory_bytes", "peak_memory_bytes"), max, gib),
 ]
+TIMES = ("compute", "data", "other", "evaluation", "saving")
 
 
 def headlines(run: Run) -> dict[str, Value]:
     """What a run came to, by name."""
     found = {"status": Value(f"{run.state.get('status', 'unknown')}")}
     found["steps"] = value(run.state.get("global_step"), f"{RUN_STATE}#global_step", count)
-    for name, key, choose, words in RESULTS:
-        for number in extreme(run, key, choose, words) if choose else last(run, key, words):
-            found[name] = number
+    for name, keys, choose, words in RESULTS:
+        key = next((key for key in keys if logged(run, key)), None)
+        if key is not None:
+            numbers = logged(run, key)
+            found[name] = of_line(choose(numbers) if choose else numbers[-1], key, words)
     for device, spent in run.state.get("device_seconds", {}).items():
         found[f"device time, {device}"] = value(spent, f"{RUN_STATE}#device_seconds/{escaped(device)}", hours)
-    if "real tokens" in found:
-        found.pop("tokens read", None)
     return found
+
+
+def totals(run: Run) -> list[Table]:
+    """What was measured over the whole run: where its time went, and the loss of each source."""
+    tables = []
+    lines = [
+        [Value(name), newest(run, f"train_{name}_seconds", seconds)]
+        for name in TIMES
+        if logged(run, f"train_{name}_seconds")
+    ]
+    if lines:
+        tables.append(Table("Where the time went", "metrics.jsonl: train_*_seconds", ["", "seconds"], lines))
+    prefixes = ("train_loss/", "train_loss_tokens/", "eval_loss/", "eval_loss_tokens/")
+    keys = [key for _, line in run.metrics for key in line if key.startswith(("train_loss/", "eval_loss/"))]
+    lines = [
+        [
+            Value(cleaned(name)),
+            *(newest(run, prefix + name, count if "tokens" in prefix else figure) for prefix in prefixes),
+        ]
+        for name in dict.fromkeys(key.partition("/")[2] for key in keys)
+    ]
+    if lines:
+        heads = ["source", "train loss", "of tokens", "evaluation loss at last", "of tokens"]
+        source = "metrics.jsonl: train_loss/*, train_loss_tokens/*, eval_loss/*, eval_loss_tokens/*"
+        tables.append(Table("Loss by source", source, heads, lines))
+    return tables
 
 
 def escaped(key: str) -> str:
@@ -399,7 +432,7 @@ def sections_of(run: Run) -> list[dict[str, Any]]:
     tables = [table for part, ledger in parts.items() for table in ledger_tables(ledger, part)]
     left = [[Value(key), Value(setting(key, said))] for key, said in run.recipe[2].items()]
     sections = [
-        {"title": "Course", "figures": figures_of(run.metrics)},
+        {"title": "Course", "figures": figures_of(run.metrics), "tables": totals(run)},
         {"title": "What the model says", "generations": generations(run)},
         {"title": "Data", "tables": tables, "figures": [each for each in lengths if each.series]},
         {"title": "What is learnt", "rows": run.rows},

@@ -99,7 +99,7 @@ def test_killed_and_started_again_it_is_the_same_run(config, packing, tiny_model
     ) as process:
         seen = 0
         for line in process.stdout:
-            seen += "'loss'" in line
+            seen += "  loss " in line
             if seen == target:
                 break
         kill(token, [process.pid])  # workers, too: they are in sessions of their own

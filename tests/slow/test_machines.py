@@ -265,7 +265,7 @@ def test_killed_in_training_a_machine_ends_the_other_and_both_go_on(machines, ar
 def test_a_signal_to_one_launcher_saves_and_stops_both_at_one_step(machines, argv, tmp_path):
     words, environments = argv(tmp_path / "run", max_steps=3000, save_steps=1000), caches(tmp_path, True)
     with both(machines, "ddp", [words] * 2, tmp_path, environments=environments) as pair:
-        pair[0].until("'loss'")
+        pair[0].until("  loss ")
         pair[1].process.send_signal(signal.SIGTERM)
         assert all(machine.wait(60) for machine in pair)
     state = json.loads((tmp_path / "run" / "run_state.json").read_text())
@@ -297,7 +297,7 @@ def test_cut_off_from_each_other_in_training_both_end(machines, argv, tmp_path):
     scripts = [script(tmp_path, name, soon) for name in "ab"]
     argvs = [argv(tmp_path / "run", max_steps=3000, save_steps=1000)] * 2
     with both(machines, "ddp", argvs, tmp_path, scripts, caches(tmp_path, True)) as pair:
-        pair[0].until("'loss'")
+        pair[0].until("  loss ")
         machines[2]("down")
         cut = time.monotonic()
         try:
