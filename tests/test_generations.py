@@ -211,6 +211,11 @@ class TestPrompts:
         with pytest.raises(UserError, match=what):
             rendered(said)
 
+    @pytest.mark.parametrize(("key", "number"), [("sample_steps", 5), ("sample_tokens", 9)])
+    def test_what_has_no_effect_is_said(self, argv, key, number):
+        recipe = load_recipe(argv(**{"sample_prompts": None, "sample_tokens": None, key: number}))
+        assert f"command line: {key} has no effect without sample_prompts" in recipe.notes
+
     def test_under_fsdp_they_are_left_out_with_a_warning(self, rendered, monkeypatch, caplog):
         monkeypatch.setattr(generations, "launch_of", lambda args: "fsdp")
         assert rendered(["Hi"]) == []

@@ -38,13 +38,14 @@ class Report(TrainerCallback):
     """Write `report.html` while a run trains, at its logs, evaluations and saves, and count what the run costs.
 
     Of the run's time the page takes one per cent at most, and it is not written more often than every 30 seconds.
-    `device_seconds` in `run_state.json` are those of all devices by their name, of all starts, up to the last log.
+    `device_seconds` in `run_state.json` are those of all devices by their name, of all starts, 10 seconds old at most
+    where a run is killed.
     """
 
-    SHARE, PAUSE = 0.01, 30.0
+    SHARE, PAUSE, COUNTED = 0.01, 30.0, 10.0
 
     def __init__(self) -> None:
-        self.due = 0.0
+        self.due = self.counts = 0.0
         self.before: dict[str, float] = {}
 
     def on_train_begin(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -53,9 +54,10 @@ class Report(TrainerCallback):
             self.before = read_state(args.output_dir).get("device_seconds") or {}
 
     def on_log(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Count, and write when it is time."""
+        """Count and write, each when it is time."""
         if state.is_world_process_zero:
-            record(args.output_dir, durable=False, device_seconds=self.spent(args))
+            if time.monotonic() > self.counts:
+                self.count(args)
             self.write(args)
 
     def on_save(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -63,12 +65,19 @@ class Report(TrainerCallback):
         if state.is_world_process_zero:
             self.write(args)
 
-    def spent(self, args: "SFTConfig") -> dict[str, float]:
-        """Seconds since this process began, times the processes, beside those of earlier starts."""
+    def on_train_end(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count."""
+        if state.is_world_process_zero:
+            self.count(args)
+
+    def count(self, args: "SFTConfig") -> None:
+        """Add the seconds since this process began, times the processes, to those of earlier starts."""
         here = hardware(args.world_size)
         device = here["gpu"] or f"CPU ({here['machine']})"
         seconds = (time.time() - psutil.Process().create_time()) * args.world_size
-        return {**self.before, device: round(self.before.get(device, 0.0) + seconds, 1)}
+        spent = {**self.before, device: round(self.before.get(device, 0.0) + seconds, 1)}
+        record(args.output_dir, durable=False, device_seconds=spent)
+        self.counts = time.monotonic() + self.COUNTED
 
     def write(self, args: "SFTConfig") -> None:
         """Write the report, and put the next one off by what this one took."""

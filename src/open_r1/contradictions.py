@@ -150,6 +150,9 @@ def of_run(recipe: "Recipe") -> Iterator[str]:
     steps, warm = values.get("max_steps", -1), values.get("warmup_steps", 0)
     if all(isinstance(number, (int, float)) for number in (steps, warm)) and 0 < steps <= warm:
         recipe.notes.append(f"{origin['warmup_steps']}: all of max_steps {steps} is warm-up (warmup_steps {warm})")
+    for key in ("sample_steps", "sample_tokens"):
+        if values.get(key) is not None and not values.get("sample_prompts"):
+            recipe.notes.append(f"{origin[key]}: {key} has no effect without sample_prompts")
     if "push_to_hub_revision" in (values.get("callbacks") or []) and not values.get("hub_model_id"):
         yield f"{origin['callbacks']}: push_to_hub_revision needs hub_model_id, the repository to push to"
 
