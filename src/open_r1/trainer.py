@@ -31,8 +31,8 @@ from open_r1.callbacks import upload
 from open_r1.card import write_card
 from open_r1.errors import Stopped, UserError
 from open_r1.flops import peak_here, work_of
-from open_r1.metrics import METRICS, Collator, Meter, cut_back_metrics, evened, write_line
 from open_r1.isolation import require_isolation
+from open_r1.metrics import METRICS, Collator, Meter, cut_back_metrics, evened, write_line
 from open_r1.order import Order, cut_back, cut_back_order, line_of, require_rows
 from open_r1.resuming import OPTIMIZER, SCHEDULE
 from open_r1.run_state import record
