@@ -62,7 +62,7 @@ OF_A_RUN: list[tuple[str, dict[str, str], str, str, str]] = [
     ("Gradient norm", {"grad_norm": "gradient norm"}, "", ".3~g", "line"),
     ("Token accuracy", {"mean_token_accuracy": "train", "eval_mean_token_accuracy": "evaluation"}, "", ".1%", "line"),
     (
-        "Tokens per second and device",
+        "Tokens per second per device",
         {
             "padded_tokens_per_second": "with padding",
             "real_tokens_per_second": "real",
@@ -90,8 +90,8 @@ COMPARED = [
     ("eval_loss", "Evaluation loss", "", ".4~f"),
     ("learning_rate", "Learning rate", "", ".3~g"),
     ("grad_norm", "Gradient norm", "", ".3~g"),
-    ("real_tokens_per_second", "Real tokens per second and device", "tokens/s", ".4~s"),
-    ("supervised_tokens_per_second", "Supervised tokens per second and device", "tokens/s", ".4~s"),
+    ("real_tokens_per_second", "Real tokens per second per device", "tokens/s", ".4~s"),
+    ("supervised_tokens_per_second", "Supervised tokens per second per device", "tokens/s", ".4~s"),
     ("padding_share", "Share of padding", "", ".1%"),
     ("step_seconds", "Seconds of a step", "s", ".3~g"),
     ("peak_memory_bytes", "Peak memory", "B", ".4~s"),

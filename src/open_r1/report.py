@@ -182,9 +182,9 @@ RESULTS: list[tuple[str, tuple[str, ...], Callable | None, Callable[[float], str
     ("training time", ("train_runtime",), None, seconds),
     ("tokens read", ("train_real_tokens", "real_tokens", "num_tokens"), None, count),
     ("supervised tokens", ("train_supervised_tokens", "supervised_tokens"), None, count),
-    ("tokens/s and device", ("train_real_tokens_per_second", "real_tokens_per_second"), None, count),
+    ("tokens/s per device", ("train_real_tokens_per_second", "real_tokens_per_second"), None, count),
     (
-        "supervised tokens/s and device",
+        "supervised tokens/s per device",
         ("train_supervised_tokens_per_second", "supervised_tokens_per_second"),
         None,
         count,
