@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from open_r1.configs import ModelConfig, ScriptArguments, SFTConfig
 
 logger = logging.getLogger("open_r1")
-SAMPLES_SHOWN, SAMPLE_TOKENS = 2, 1000  # training rows of a source in the report, and tokens of one
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,7 +102,7 @@ def run(recipe: Recipe, stop: Stop) -> int:
     from open_r1.report import try_to_write
     from open_r1.trackers import name_run
     from open_r1.trainer import OrderedTrainer, tell_libraries, trainer_arguments
-    from open_r1.views import views_of, write_rows
+    from open_r1.views import write_samples
 
     heed_others(stop, output_dir)
     script_args, training_args, model_args = build_configs(recipe)
@@ -141,7 +140,7 @@ def run(recipe: Recipe, stop: Stop) -> int:
             record(output_dir, **begins, **tracked, **facts, **spent, hardware=hardware(training_args.world_size))
             Path(output_dir, "recipe.yaml").write_text(written_out(recipe), encoding="utf-8")
             ledger.write(output_dir, {name: part.ledger for name, part in prepared.parts.items()})
-            write_rows(output_dir, views_of(prepared.train, tokenizer, SAMPLES_SHOWN, SAMPLE_TOKENS))
+            write_samples(output_dir, prepared.train, tokenizer)
     stop.begun = True
     model = get_model(model_args, training_args, tokenizer)
     trainer = OrderedTrainer(

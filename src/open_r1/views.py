@@ -25,6 +25,7 @@ IN_WORDS = {
     "stop_added": "stop tokens added",
 }
 TRAIN_SAMPLES = "train_samples.json"
+KEPT, LONGEST_KEPT = 2, 1000  # samples of a source in it, and tokens of one
 
 
 class Token(NamedTuple):
@@ -138,7 +139,7 @@ def bars_of(entries: "list[Entry]") -> list[list[tuple[int, int, int]]]:
     return [[(first, last, entry["histogram"].get(str(first), 0)) for first, last in scale] for entry in entries]
 
 
-def write_rows(output_dir: str, views: list[View]) -> None:
+def write_samples(output_dir: str, train: "Part", tokenizer: "PreTrainedTokenizerBase") -> None:
     """Write `train_samples.json`, the rows that the report shows: `title` and `stretches` of each source's samples.
 
     A row with what looks like a secret stays out of it.
@@ -152,6 +153,6 @@ def write_rows(output_dir: str, views: list[View]) -> None:
                 if (text := "".join(token.text for token in sample.tokens)) == masked(text)
             ],
         }
-        for view in views
+        for view in views_of(train, tokenizer, KEPT, LONGEST_KEPT)
     ]
     write_whole(Path(output_dir) / TRAIN_SAMPLES, json.dumps(said) + "\n", durable=False)
