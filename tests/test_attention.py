@@ -164,17 +164,20 @@ def test_a_prompt_without_mask_fills_a_cache():
         second = eager(ids[:, 15:16], past_key_values=second.past_key_values)
 
 
-def test_padding_to_a_multiple_and_equal_lengths(alone_calls):
-    """Tokens of padding are documents of one token each, and go together."""
+@pytest.mark.parametrize("size", [9, 40], ids=["crowded", "not crowded"])
+def test_padding_to_a_multiple_and_equal_lengths(size, alone_calls):
+    """Tokens of padding are documents of one token each, and go together; a row of little else has a mask."""
     padded = DataCollatorForLanguageModeling(0, padding_free=True, pad_to_multiple_of=32)
-    rows = documents([9, 9, 9])
+    rows = documents([size] * 3)
+    pads = -3 * size % 32
     inputs = padded([{"input_ids": row} for row in rows])
     del inputs["labels"]
-    assert inputs["input_ids"].shape == (1, 32) and len(inputs["cu_seq_lens_q"]) == 3 + 5 + 1
+    assert inputs["input_ids"].shape == (1, 3 * size + pads) and len(inputs["cu_seq_lens_q"]) == 3 + pads + 1
     together = made("grouped", "varlen")(**inputs, use_cache=False).logits[0]
     eager = made("grouped", "eager")
-    alone = torch.cat([eager(torch.tensor([row]), use_cache=False).logits[0] for row in [*rows, *[[0]] * 5]])
+    alone = torch.cat([eager(torch.tensor([row]), use_cache=False).logits[0] for row in [*rows, *[[0]] * pads]])
     assert torch.allclose(together, alone, atol=CLOSE)
+    assert bool(alone_calls) == (size == 40)
 
 
 def states(heads=4, groups=2, tokens=20, width=8, values=8, **how):

@@ -37,6 +37,7 @@ FLASH = {
 }
 HALF = (torch.bfloat16, torch.float16)
 WIDEST = 256  # head that flash kernels take
+SHORT, CROWDED = 8, 512  # documents shorter than so, in a row of at most so many tokens, cost more one by one
 OWN_MASKS = ("doge",)  # models that work on the mask they are given (transformers 5.23)
 
 
@@ -254,7 +255,9 @@ def varlen(
             states = (each.to(dtype) for each in (query, key, value))
             return by_kernel(*states, cu_seq_lens_q, longest, window, scaling), None
         lengths = mask.lengths(cu_seq_lens_q) if mask else cu_seq_lens_q.diff().tolist()
-        return one_by_one(query, key, value, lengths, window, scaling, dropout), None
+        tokens = query.shape[2]
+        if mask is None or tokens > CROWDED or tokens >= SHORT * len(lengths):
+            return one_by_one(query, key, value, lengths, window, scaling, dropout), None
     made = mask.all_pairs if mask else attention_mask
     return sdpa_attention_forward(module, query, key, value, made, dropout, scaling, is_causal, **more)
 
