@@ -21,7 +21,7 @@ from open_r1.sft import main
 from open_r1.stopping import EXIT_CODE, Preempted, Stop, heeded
 from open_r1.trainer import OrderedTrainer
 
-TIMES = ("runtime", "per_second")
+TIMES = ("runtime", "seconds", "per_second", "tflops", "memory_bytes")
 
 
 @pytest.fixture(autouse=True)
