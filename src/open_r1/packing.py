@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import trl
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from trl import pack_dataset
 
 from open_r1.cache import file_digest, prepared_table
@@ -17,6 +17,8 @@ from open_r1.mixture import columns_of
 
 if TYPE_CHECKING:
     from open_r1.configs import SFTConfig
+
+PACKS = 128  # read at once: each can be as long as the context
 
 
 def packed(what: str, tables: list[Dataset], places: np.ndarray, unpacked: Dataset, args: "SFTConfig") -> Dataset:
@@ -28,54 +30,50 @@ def packed(what: str, tables: list[Dataset], places: np.ndarray, unpacked: Datas
         "packing": [args.max_length, args.packing_strategy],
         "code": [file_digest(__file__), trl.__version__],
     }
-    tokens = unpacked.select_columns(["input_ids", "labels"])
-    packs = prepared_table(key, lambda path: pack(tokens, args, path))
-    key = {"part": "source, row and length of each document", "of": packs._fingerprint}
-    return concatenate_datasets([packs, prepared_table(key, lambda path: pack_ids(unpacked, args, path))], axis=1)
+    return prepared_table(key, lambda path: pack(unpacked, args, path))
 
 
-def pack(rows: Dataset, args: "SFTConfig", path: str) -> Dataset:
-    """Pack rows into the arrow file `path`, with TRL, in one process: its bins depend on how rows are dealt out."""
-    return pack_dataset(rows, args.max_length, args.packing_strategy, {"cache_file_name": path, "desc": "Packing"})
+def pack(unpacked: Dataset, args: "SFTConfig", path: str) -> None:
+    """Pack rows into the arrow file `path`, with `source`, `row` and `lengths` of the documents in each pack.
 
-
-def pack_ids(unpacked: Dataset, args: "SFTConfig", path: str) -> None:
-    """Write `source`, `row` and `lengths` of the documents in each pack.
-
-    TRL packs numbers of rows as it packs tokens: by lengths alone.
+    TRL packs, in one process: its bins depend on how rows are dealt out. Beside each token it carries the number of
+    the row that the token is from.
     """
+    origin = dict(zip(("source", "row"), columns_of(unpacked), strict=True))
     with tempfile.TemporaryDirectory(dir=Path(path).parent) as scratch:
-        numbers = unpacked.with_format("arrow").map(
+        numbered = unpacked.select_columns(["input_ids", "labels"]).with_format("arrow").map(
             numbered_tokens,
             with_indices=True,
             batched=True,
-            remove_columns=unpacked.column_names,
-            cache_file_name=f"{scratch}/numbers.arrow",
+            cache_file_name=f"{scratch}/numbered.arrow",
             desc="Numbering",
         )
-        places = pack(numbers, args, f"{scratch}/packs.arrow")
-        origin = dict(zip(("source", "row"), columns_of(unpacked), strict=True))
-        places.with_format("arrow").map(
+        how = {"cache_file_name": f"{scratch}/packs.arrow", "desc": "Packing"}
+        packs = pack_dataset(numbered, args.max_length, args.packing_strategy, how)
+        packs.map(
             documents,
             batched=True,
+            batch_size=PACKS,
             fn_kwargs={"origin": origin},
-            remove_columns=places.column_names,
+            remove_columns=["place"],
             cache_file_name=path,
-            desc="Numbering packs",
+            new_fingerprint="packs",  # else `origin` would be pickled to name the result
+            desc="Naming documents",
         )
 
 
 def numbered_tokens(rows: pa.Table, indices: list[int]) -> pa.Table:
-    """Each token as the number of its row, in lists as long as the rows'."""
+    """Rows with a list as long as their tokens, which holds the row's number as often."""
     lengths = pc.list_value_length(rows["input_ids"]).to_numpy()
     values = np.repeat(np.array(indices, dtype=np.int32), lengths)
-    return pa.table({"place": pa.ListArray.from_arrays(np.cumsum([0, *lengths], dtype=np.int32), values)})
+    places = pa.ListArray.from_arrays(np.cumsum([0, *lengths], dtype=np.int32), values)
+    return rows.append_column("place", places)
 
 
 def documents(packs: pa.Table, origin: dict[str, np.ndarray]) -> pa.Table:
-    """What `origin` says of the rows in each pack of numbered tokens, and how many of their tokens are in it.
+    """Packs with what `origin` says of the rows in each, instead of numbers, and how many of their tokens are in it.
 
-    A row that is split over packs is in each of them.
+    A row that is split over packs is in all of them.
     """
     column = packs["place"].combine_chunks()
     places, starts = column.flatten().to_numpy(), np.cumsum([0, *pc.list_value_length(column).to_numpy()])
@@ -83,4 +81,7 @@ def documents(packs: pa.Table, origin: dict[str, np.ndarray]) -> pa.Table:
     offsets = np.searchsorted(first, starts).astype(np.int32)
     found = {name: values[places[first]] for name, values in origin.items()}
     found["lengths"] = np.diff(first, append=len(places)).astype(np.int32)
-    return pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in found.items()})
+    packs = packs.drop_columns("place")
+    for name, values in found.items():
+        packs = packs.append_column(name, pa.ListArray.from_arrays(offsets, values))
+    return packs
