@@ -14,7 +14,6 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch.utils.cpp_extension import get_default_build_root
 
 from open_r1.data import excerpt_of, places_of
 
@@ -55,6 +54,8 @@ def free_builds() -> None:
     PyTorch waits for such a lock without end (`FileBaton`, torch 2.13). Every run holds a shared lock of the kernel's
     on the folder while it is alive, so who gets an exclusive one knows that no run is building.
     """
+    from torch.utils.cpp_extension import get_default_build_root  # brings in setuptools
+
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     try:
         folder.mkdir(parents=True, exist_ok=True)

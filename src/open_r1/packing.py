@@ -41,12 +41,16 @@ def pack(unpacked: Dataset, args: "SFTConfig", path: str) -> None:
     """
     origin = dict(zip(("source", "row"), columns_of(unpacked), strict=True))
     with tempfile.TemporaryDirectory(dir=Path(path).parent) as scratch:
-        numbered = unpacked.select_columns(["input_ids", "labels"]).with_format("arrow").map(
-            numbered_tokens,
-            with_indices=True,
-            batched=True,
-            cache_file_name=f"{scratch}/numbered.arrow",
-            desc="Numbering",
+        numbered = (
+            unpacked.select_columns(["input_ids", "labels"])
+            .with_format("arrow")
+            .map(
+                numbered_tokens,
+                with_indices=True,
+                batched=True,
+                cache_file_name=f"{scratch}/numbered.arrow",
+                desc="Numbering",
+            )
         )
         how = {"cache_file_name": f"{scratch}/packs.arrow", "desc": "Packing"}
         packs = pack_dataset(numbered, args.max_length, args.packing_strategy, how)
