@@ -6,8 +6,8 @@
 
 Without a section, all that a CPU can tell: `startup`, `preparation`, `train`, `overhead`, `ablation`, in float32, on
 the standard library's docstrings. `trl sft` is run as a person would run it (stock), and with the flags that ours
-settles by itself (tuned); sides take turns, every run is a process of its own, and where both train the same rows their
-losses must be equal at every step. Each run is written to FILE at once (docs/performance/cpu.json, or gpu.json):
+settles by itself (tuned); sides take turns, every run is a process of its own, and where both train the same rows
+their losses must be equal at every step. Each run is written to FILE at once (docs/performance/cpu.json, or gpu.json):
 started again, what is there already is kept, unless `--again`. `table` writes the tables of docs/performance.md anew.
 """
 
@@ -341,12 +341,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure_section(section: str, work: Path, results: Results, args: argparse.Namespace) -> None:
     """Measure what a section lacks. Raises `Unequal`."""
+    if results.sections.get(section, {}).get("repeats", 0) >= args.repeats and not args.again:
+        print(f"{section}: is there already; --again measures it anew")
+        return
     scale = QUICK if args.quick else Scale()
     command = f"python scripts/bench.py {section}{' --quick' if args.quick else ''}"
-    results.begin(section, {**about(), "command": command, "scale": json.loads(json.dumps(asdict(scale)))}, args.again)
+    facts = {**about(), "command": command, "scale": json.loads(json.dumps(asdict(scale)))}
+    results.begin(section, facts, args.again)
     work.mkdir()
     bench = Bench(section, work, scale, results)
     measure(bench, SECTIONS[section](bench), args.repeats)
+    results.finish(section, args.repeats)
     shutil.rmtree(work)
 
 

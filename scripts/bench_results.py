@@ -24,6 +24,11 @@ class Results:
             print(f"{section}: measured anew{why}", flush=True)
         self.sections[section] = {**facts, "runs": []}
 
+    def finish(self, section: str, repeats: int) -> None:
+        """Note that all of a section has been measured so many times."""
+        self.sections[section]["repeats"] = repeats
+        self.write()
+
     def runs(self, section: str, **key: Any) -> list[dict[str, Any]]:
         """The runs of a section whose key holds `key`."""
         return [each for each in self.sections[section]["runs"] if key.items() <= each.items()]
@@ -31,6 +36,10 @@ class Results:
     def add(self, section: str, made: dict[str, Any]) -> None:
         """Write one run more."""
         self.sections[section]["runs"].append(made)
+        self.write()
+
+    def write(self) -> None:
+        """Write the file anew, whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         partial.write_text(as_text(self.sections))

@@ -67,7 +67,8 @@ def fit(trainer: Any) -> None:
     train = trainer.Trainer.training_step
 
     def training_step(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        noted = (lengths_of(inputs), inputs["input_ids"].numel(), int((inputs["labels"] != -100).sum()))
+        # Left where it is computed: reading it now would make this process wait for the device.
+        noted = (lengths_of(inputs), inputs["input_ids"].numel(), (inputs["labels"] != -100).sum())
         loss = train(self, model, inputs, *args, **kwargs)
         batches.append((*noted, loss))
         return loss
@@ -102,14 +103,14 @@ def fit(trainer: Any) -> None:
             self.started = time.monotonic()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            at, lengths = now(), [each for batch in batches for each in batch[0]]
+            at, lengths = now(), [each for batch in batches for each in batch[0].tolist()]
             write(
                 step=state.global_step,
                 **at,
                 loss=sum(float(batch[3]) for batch in batches),
                 padded=sum(batch[1] for batch in batches),
                 real=sum(lengths),
-                supervised=sum(batch[2] for batch in batches),
+                supervised=sum(int(batch[2]) for batch in batches),
                 squares=sum(each**2 for each in lengths),
                 **({"time": time.time(), **of_session()} if state.global_step == 1 else {}),
                 **memory(torch),
@@ -124,13 +125,11 @@ def fit(trainer: Any) -> None:
     trainer.DEFAULT_CALLBACKS.append(Stamps)
 
 
-def lengths_of(inputs: dict[str, Any]) -> list[int]:
+def lengths_of(inputs: dict[str, Any]) -> Any:
     """Tokens of each document of a batch, without padding."""
     if inputs.get("cu_seq_lens_q") is not None:
-        return inputs["cu_seq_lens_q"].diff().tolist()
-    if inputs.get("attention_mask") is not None:
-        return inputs["attention_mask"].sum(-1).tolist()
-    return [inputs["input_ids"].shape[1]] * inputs["input_ids"].shape[0]
+        return inputs["cu_seq_lens_q"].diff()
+    return inputs["attention_mask"].sum(-1)
 
 
 def memory(torch: Any) -> dict[str, int]:
