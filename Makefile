@@ -11,7 +11,7 @@ OUT ?= $(MODEL)-merged
 DEMO := data/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo sft check prepare preview verify chat merge compare report test test-slow quality style schema clean
+.PHONY: help install demo sft check prepare preview verify chat merge compare report bench bench-gpu test test-slow quality style schema clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 12
@@ -66,6 +66,12 @@ compare: .venv/installed ## Say where two runs part, in data and losses: make co
 
 report: .venv/installed ## Write a run's report again, or one page of several runs: make report RUNS="A B" [ARGS="--out page.html"]
 	$(RUN) python scripts/report.py $(or $(RUNS),$(MODEL)) $(ARGS)
+
+bench: .venv/installed ## Measure start-up, training and each default beside trl sft, on a CPU: make bench [ARGS="train --repeats 5"]
+	$(RUN) python scripts/bench.py $(ARGS) && $(RUN) python scripts/bench.py table
+
+bench-gpu: .venv/installed ## Measure training beside trl sft on one GPU, in ten minutes, without network: make bench-gpu [ARGS="--only 8B"]
+	$(RUN) python scripts/bench.py gpu $(ARGS) && $(RUN) python scripts/bench.py table
 
 test: .venv/installed ## Tests that need no GPU and no network, under 12 minutes on 2 cores
 	$(RUN) python -m pytest $(ARGS)

@@ -126,7 +126,7 @@ def measure(bench: Bench, cells: list[Cell], repeats: int) -> None:
             try:
                 figures = cell.measure()
             except Failed as error:
-                figures = {"failed": str(error).strip().splitlines()[-1][:300]}
+                figures = {"failed": str(error).splitlines()[0][:200]}
                 print(error, file=sys.stderr)
             bench.results.add(bench.section, {**key, **figures})
             took = f"{time.monotonic() - started:.0f} s"

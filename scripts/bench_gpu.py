@@ -58,7 +58,7 @@ class Cell:
     method: str
     context: int
     side: str
-    limit: float = 75
+    limit: float = 100
 
     @property
     def key(self) -> dict[str, Any]:
@@ -408,7 +408,7 @@ def write_shape(work: Path, shape: str) -> None:
     from make_docstrings import docstrings, write_model
     from transformers import AutoConfig
 
-    texts = (text for pair in docstrings() for text in pair)
+    texts = (text for pair in itertools.islice(docstrings(), 2000) for text in pair)
     write_model(work / shape, texts, vocabulary=VOCABULARY.get(shape, 4096), hidden=32, layers=1)
     (work / shape / "model.safetensors").unlink()
     config = AutoConfig.from_pretrained(work / shape)

@@ -50,7 +50,7 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizer
 
 
 class Failed(Exception):
-    """A run that did not do its steps; the message is the end of what it said."""
+    """A run that did not do its steps; the first line says why, the others are the end of what it said."""
 
 
 class Unequal(Exception):
@@ -91,8 +91,9 @@ def run(side: str, settings: dict[str, Any], out: Path, steps: int, cache: Path,
         ended = wait(process, limit)
     begin, done = read(stamps)
     if not done or done[-1]["step"] != steps:
-        said = (out / "log.txt").read_text(errors="replace").strip()[-1500:]
-        raise Failed(f"{side}: {len(done)} of {steps} steps{'' if ended else f' in {limit:.0f} s'}:\n{said}")
+        said = (out / "log.txt").read_text(errors="replace").strip()
+        why = (said.splitlines() or ["nothing was said"])[-1] if ended else f"not more in {limit:.0f} s"
+        raise Failed(f"{side}: {len(done)} of {steps} steps: {why}\n{said[-1500:]}")
     return {"started": started, "begin": begin, "steps": done}
 
 
