@@ -113,12 +113,12 @@ class Bench:
 
 
 def measure(bench: Bench, cells: list[Cell], repeats: int) -> None:
-    """All cells in turn, and again, but those that are there already; prints each when it is done.
+    """All cells in turn, back, and again, but those that are there already; prints each when it is done.
 
     A run that does not reach its steps is a result, too. Raises `Unequal`.
     """
     for repeat in range(1, repeats + 1):
-        for cell in cells:
+        for cell in cells if repeat % 2 else reversed(cells):
             key = {"repeat": repeat, **cell.key}
             if bench.runs(**key) or repeat > (cell.times or repeats):
                 continue
@@ -341,11 +341,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure_section(section: str, work: Path, results: Results, args: argparse.Namespace) -> None:
     """Measure what a section lacks. Raises `Unequal`."""
-    if results.sections.get(section, {}).get("repeats", 0) >= args.repeats and not args.again:
+    command = f"python scripts/bench.py {section}{' --quick' if args.quick else ''}"
+    there = results.sections.get(section, {})
+    if there.get("repeats", 0) >= args.repeats and there["command"] == command and not args.again:
         print(f"{section}: is there already; --again measures it anew")
         return
     scale = QUICK if args.quick else Scale()
-    command = f"python scripts/bench.py {section}{' --quick' if args.quick else ''}"
     facts = {**about(), "command": command, "scale": json.loads(json.dumps(asdict(scale)))}
     results.begin(section, facts, args.again)
     work.mkdir()

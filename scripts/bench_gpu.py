@@ -111,6 +111,7 @@ def measure_gpu(results: Results, work: Path, minutes: float, toy: bool, only: l
         return 1
     measured_ceilings = device.pop("ceilings")
     facts = {**about(), **device, "command": f"python scripts/bench.py gpu{' --toy' if toy else ''}"}
+    commit = facts.pop("commit")  # that of a run: cells that are there stay
     results.begin("gpu", facts, again)
     results.sections["gpu"].setdefault("ceilings", measured_ceilings)
     print(
@@ -127,7 +128,7 @@ def measure_gpu(results: Results, work: Path, minutes: float, toy: bool, only: l
             settings = settings_of(cell, work, toy, results)
             current, waiting = waiting, start(work, number + 2)
             figures = measured(cell, current, settings, min(cell.limit, left), facts.get("peak_flops"))
-        results.add("gpu", {**cell.key, **figures})
+        results.add("gpu", {**cell.key, **figures, "commit": commit})
         print(f"{cell.name}: {in_words(figures)}", flush=True)
     end(waiting)
     return 0

@@ -20,7 +20,7 @@ class Results:
         if there and not again and not others:
             return
         if there:
-            why = "" if again else f", since {' and '.join(others)} were others"
+            why = "" if again else f", since {' and '.join(others)} changed"
             print(f"{section}: measured anew{why}", flush=True)
         self.sections[section] = {**facts, "runs": []}
 

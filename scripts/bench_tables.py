@@ -65,7 +65,8 @@ def circumstances(section: Section) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in section["versions"].items())
     threads, times = section["threads"], f"{repeats} repeat{'s' if repeats != 1 else ''}"
     machine = f"{section['device']} with {section['memory_gib']} GiB, {threads} thread{'s' if threads > 1 else ''}"
-    return f"`{section['command']}`, {times}, on {machine}; {versions}; commit {section['commit']}."
+    commits = {section["commit"]} if "commit" in section else {run["commit"] for run in section["runs"]}
+    return f"`{section['command']}`, {times}, on {machine}; {versions}; commit {', '.join(sorted(commits))}."
 
 
 def spread(values: list[float], form: str = ",.2f") -> str:
