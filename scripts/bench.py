@@ -67,9 +67,9 @@ class Scale:
 
     cold_rows: int = 85_000
     prepared: tuple[int, int] = (30_000, 200)  # short and long rows
-    steps: tuple[int, ...] = (44, 24)  # one for each shape
-    overhead_steps: int = 84
-    ablation_steps: int = 20
+    steps: tuple[int, ...] = (32, 18)  # one for each shape
+    overhead_steps: int = 64
+    ablation_steps: int = 14
     compile_seconds: float = 240
     shapes: dict[str, tuple[int, int]] = field(default_factory=lambda: SHAPES)
     rows: int | None = None
@@ -195,7 +195,7 @@ def preparation(bench: Bench) -> list[Cell]:
         return made
 
     return [
-        Cell({"rows": data, "kind": kind}, lambda kind=kind, data=data: prepare(kind, data))
+        Cell({"rows": data, "kind": kind}, lambda kind=kind, data=data: prepare(kind, data), 2)
         for data in kinds
         for kind in single.KINDS
     ]

@@ -280,6 +280,7 @@ def start(work: Path, number: int) -> subprocess.Popen:
         ),
         "HF_DATASETS_CACHE": str(work / "cache"),
         "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0],
     }
     with log.open("w") as file:
         process = subprocess.Popen(
