@@ -98,40 +98,49 @@ TOY = [
 
 
 def measure_gpu(results: Results, work: Path, minutes: float, toy: bool, only: list[str], again: bool) -> int:
-    """Measure what is not there yet until time is up; every cell is printed and written when it is done."""
+    """Measure what is not there yet until time is up; returns the exit code."""
     ends = time.monotonic() + 60 * minutes
     cells = [cell for cell in (TOY if toy else CELLS) if not only or any(part in cell.name for part in only)]
     write_rows(work, sorted({cell.context for cell in cells}), toy)
     for shape in {cell.shape for cell in cells}:
         write_shape(work, shape)
-    waiting = start(work, 0)
-    device, said = finish(waiting, {"what": "ceilings", "toy": toy}, 60)
+    device, said = finish(start(work, 0), {"what": "ceilings", "toy": toy}, 60)
     if device is None:
         print(said, file=sys.stderr)
         return 1
-    measured_ceilings = device.pop("ceilings")
+    reached = device.pop("ceilings")
     facts = {**about(), **device, "command": f"python scripts/bench.py gpu{' --toy' if toy else ''}"}
-    commit = facts.pop("commit")  # that of a run: cells that are there stay
+    del facts["commit"]  # that of each run is noted: cells that are there stay
     results.begin("gpu", facts, again)
-    results.sections["gpu"].setdefault("ceilings", measured_ceilings)
-    print(
-        f"{facts['device']}: {', '.join(f'{value:,} {name}' for name, value in measured_ceilings.items())}", flush=True
-    )
+    results.sections["gpu"].setdefault("ceilings", reached)
+    print(f"{facts['device']}: {', '.join(f'{value:,} {name}' for name, value in reached.items())}", flush=True)
     missing = [cell for cell in cells if not results.runs("gpu", **cell.key)]
-    waiting = start(work, 1)
-    for number, cell in enumerate(missing):
-        if (left := ends - time.monotonic()) < SHORTEST:
-            print(f"no time is left for {', '.join(each.name for each in missing[number:])}: start again")
-            break
-        figures = too_large(cell, facts.get("memory_bytes"))
-        if figures is None:
-            settings = settings_of(cell, work, toy, results)
-            current, waiting = waiting, start(work, number + 2)
-            figures = measured(cell, current, settings, min(cell.limit, left), facts.get("peak_flops"))
-        results.add("gpu", {**cell.key, **figures, "commit": commit})
-        print(f"{cell.name}: {in_words(figures)}", flush=True)
-    end(waiting)
+    left = measure_cells(missing, results, work, ends, toy)
+    if left:
+        print(f"no time is left for {', '.join(cell.name for cell in left)}: start again")
     return 0
+
+
+def measure_cells(cells: list[Cell], results: Results, work: Path, ends: float, toy: bool) -> list[Cell]:
+    """Measure cells until time is up; each is printed and written when it is done. Returns those that are left."""
+    facts, commit = results.sections["gpu"], about()["commit"]
+    waiting = start(work, 1)
+    try:
+        for number, cell in enumerate(cells):
+            if (left := ends - time.monotonic()) < SHORTEST:
+                return cells[number:]
+            figures = too_large(cell, facts.get("memory_bytes"))
+            if figures is None:
+                settings = settings_of(cell, work, toy, results)
+                current, waiting = waiting, start(work, number + 2)
+                figures = measured(cell, current, settings, min(cell.limit, left), facts.get("peak_flops"))
+                if figures["outcome"] == "failed" and time.monotonic() >= ends:
+                    return cells[number:]  # it was cut short
+            results.add("gpu", {**cell.key, **figures, "commit": commit})
+            print(f"{cell.name}: {in_words(figures)}", flush=True)
+        return []
+    finally:
+        end(waiting)
 
 
 def in_words(figures: dict[str, Any]) -> str:
@@ -175,13 +184,8 @@ def best_of(attention: str) -> str:
 
     if attention in ATTENTION and attention != "sdpa":
         return attention
-    return (
-        "flash_attention_3"
-        if is_flash_attn_3_available()
-        else "flash_attention_2"
-        if is_flash_attn_2_available()
-        else "sdpa"
-    )
+    installed = {"flash_attention_3": is_flash_attn_3_available(), "flash_attention_2": is_flash_attn_2_available()}
+    return next((name for name, there in installed.items() if there), "sdpa")
 
 
 def too_large(cell: Cell, memory: int | None) -> dict[str, Any] | None:

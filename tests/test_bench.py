@@ -356,6 +356,34 @@ class TestGpu:
         assert "no peak" not in bench_gpu.in_words(found)
         assert found["settled"]["attn_implementation"] == "sdpa"
 
+    def cells_of(self, tmp_path, monkeypatch, cells, outcomes, minutes=9):
+        """Cells that are left, and what was written of the others, where processes give these outcomes."""
+        started, ended = [], []
+        monkeypatch.setattr(bench_gpu, "start", lambda work, number: started.append(number) or number)
+        monkeypatch.setattr(bench_gpu, "end", ended.append)
+        given = iter(outcomes)
+        monkeypatch.setattr(bench_gpu, "measured", lambda *args: next(given))
+        results = Results(tmp_path / "gpu.json", {"gpu": {"memory_bytes": 80 * 2**30, "runs": []}})
+        left = bench_gpu.measure_cells(cells, results, tmp_path, bench_gpu.time.monotonic() + 60 * minutes, toy=False)
+        assert ended == started[-1:]  # the one that waits for a cell that does not come
+        return left, read_results(results.path).runs("gpu") if results.path.exists() else []
+
+    def test_what_runs_out_of_memory_is_written_and_the_next_goes_on(self, tmp_path, monkeypatch):
+        large = bench_gpu.Cell("8B", "full", 4096, "ours")
+        outcomes = [{"outcome": "out of memory"}, {"outcome": "failed", "why": "no"}]
+        left, runs = self.cells_of(tmp_path, monkeypatch, [large, *bench_gpu.TOY[:2]], outcomes)
+        assert left == []
+        assert [run["outcome"] for run in runs] == ["skipped", "out of memory", "failed"]
+        assert runs[1]["side"] == "ours"
+
+    def test_what_there_is_no_time_for_is_left_for_the_next_start(self, tmp_path, monkeypatch):
+        assert self.cells_of(tmp_path, monkeypatch, bench_gpu.TOY, [], minutes=0.1) == (bench_gpu.TOY, [])
+
+    def test_a_cell_that_is_cut_short_is_left_too(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(bench_gpu, "SHORTEST", -1)
+        cut = [{"outcome": "failed", "why": "not done in 0 s"}]
+        assert self.cells_of(tmp_path, monkeypatch, bench_gpu.TOY[:1], cut, minutes=0) == (bench_gpu.TOY[:1], [])
+
     def test_there_must_be_a_gpu_or_a_toy(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(SystemExit, match="there is no GPU here; --toy"):
