@@ -58,7 +58,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "a log after each step": {"logging_steps": 1},
     "no logs": {"logging_strategy": "no"},
 }
-OTHER_ROWS = {"train_sampling_strategy", "packing"}  # settings with which steps are of other rows
+OTHER_STEPS = {"train_sampling_strategy", "packing"}  # settings with which steps are of other rows
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Scale:
     prepared: tuple[int, int] = (30_000, 200)  # short and long rows
     steps: tuple[int, ...] = (32, 18)  # one for each shape
     overhead_steps: int = 64
-    ablation_steps: int = 14
+    ablation_rows: int = 160
     compile_seconds: float = 240
     shapes: dict[str, tuple[int, int]] = field(default_factory=lambda: SHAPES)
     rows: int | None = None
@@ -81,7 +81,7 @@ QUICK = Scale(
     prepared=(60, 2),
     steps=(4, 4),
     overhead_steps=4,
-    ablation_steps=4,
+    ablation_rows=32,
     compile_seconds=60,
     shapes={"tiny": (32, 1), "small": (32, 2)},
     rows=80,
@@ -230,12 +230,15 @@ def overhead(bench: Bench) -> list[Cell]:
 
 
 def ablation(bench: Bench) -> list[Cell]:
-    """Each of our defaults alone and all but each; and settings that are no defaults."""
+    """Each of our defaults alone and all but each; and settings that are no defaults.
+
+    A run is an epoch of a few rows and is counted from its first step, so that in any order it is of the same rows.
+    """
     model, shape = list(bench.scale.shapes.items())[-1]
-    write_inputs(bench.work, {model: shape}, bench.scale.rows, LONGEST)
+    write_inputs(bench.work, {model: shape}, bench.scale.ablation_rows, LONGEST)
     about_it = bench.results.sections["ablation"]
     if "settled" not in about_it:
-        made = run("ours, python sft.py", recipe_of(bench.work, model, 9), bench.work / "run", 1, bench.work / "cache")
+        made = run("ours, python sft.py", recipe_of(bench.work, model), bench.work / "run", 1, bench.work / "cache")
         mine = settled(made["begin"], ours=True)
         about_it["settled"] = {key: mine[key] for key, stocks in DEFAULTS.items() if mine.get(key, stocks) != stocks}
     on = about_it["settled"]
@@ -244,17 +247,13 @@ def ablation(bench: Bench) -> list[Cell]:
     for name in on if len(on) > 1 else ():
         variants |= {f"{name} alone": {**off, name: on[name]}, f"all but {name}": {**on, name: off[name]}}
     return [
-        Cell(
-            {"model": model, "variant": name},
-            lambda more=more: trained(bench, model, "ours", bench.scale.ablation_steps, more),
-            2,
-        )
+        Cell({"model": model, "variant": name}, lambda more=more: trained(bench, model, "ours", 0, more), 2)
         for name, more in {**variants, **CANDIDATES}.items()
     ]
 
 
 def trained(bench: Bench, model: str, side: str, steps: int, more: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A run of so many steps, with `more` settings; its losses must be those of the runs before it.
+    """A run of so many steps (0: an epoch), with `more` settings; its losses must be those of the runs before it.
 
     Raises `Failed`, `Unequal`.
     """
@@ -271,19 +270,19 @@ def trained(bench: Bench, model: str, side: str, steps: int, more: dict[str, Any
     limit = bench.scale.compile_seconds if more.get("torch_compile") else 900
     how = "ours, python sft.py" if side == "ours" else side
     made = run(how, {**settings, **more}, work / "run", steps, work / "cache", limit)
-    figures = {**steady(made, bench.scale.skip), "settled": settled(made["begin"])}
-    if OTHER_ROWS & more.keys():
-        return {**figures, "other_rows": True}
-    alike = (each for each in bench.runs(model=model) if "losses" in each and "other_rows" not in each)
+    figures = {**steady(made, bench.scale.skip if steps else 0), "settled": settled(made["begin"])}
+    if OTHER_STEPS & more.keys():
+        return {**figures, "other_steps": True}
+    alike = (each for each in bench.runs(model=model) if "losses" in each and "other_steps" not in each)
     if (first := next(alike, None)) is not None:
         require_parity(figures["losses"], first["losses"], f"{model}, {side} {more or ''}")
     return figures
 
 
 def recipe_of(work: Path, model: str, steps: int = 100) -> dict[str, Any]:
-    """What both sides are told."""
+    """What both sides are told: to train so many steps (0: an epoch) on a CPU."""
     paths = {"model_name_or_path": str(work / model), "dataset_name": str(work / "data")}
-    return {**paths, "use_cpu": True, "max_steps": steps}
+    return {**paths, "use_cpu": True, **({"max_steps": steps} if steps else {"num_train_epochs": 1})}
 
 
 SECTIONS: dict[str, Callable[[Bench], list[Cell]]] = {

@@ -58,7 +58,7 @@ class Unequal(Exception):
 
 
 def run(side: str, settings: dict[str, Any], out: Path, steps: int, cache: Path, limit: float = 900) -> dict[str, Any]:
-    """Train `steps` steps in a process of its own, with its files in `out`, and return what it cost.
+    """Train `steps` steps (0: all) in a process of its own, with its files in `out`, and return what it cost.
 
     `begin` is what the trainer was told, `steps` the stamps; `started` is when the command began, in UNIX seconds.
     Raises `Failed` when the steps are not done within `limit` seconds.
@@ -90,10 +90,10 @@ def run(side: str, settings: dict[str, Any], out: Path, steps: int, cache: Path,
         )
         ended = wait(process, limit)
     begin, done = read(stamps)
-    if not done or done[-1]["step"] != steps:
+    if not ended or process.returncode or not done or (steps and done[-1]["step"] != steps):
         said = (out / "log.txt").read_text(errors="replace").strip()
         why = (said.splitlines() or ["nothing was said"])[-1] if ended else f"not more in {limit:.0f} s"
-        raise Failed(f"{side}: {len(done)} of {steps} steps: {why}\n{said[-1500:]}")
+        raise Failed(f"{side}: {len(done)} of {steps or 'all'} steps: {why}\n{said[-1500:]}")
     return {"started": started, "begin": begin, "steps": done}
 
 
@@ -128,12 +128,12 @@ def first_step(made: dict[str, Any]) -> dict[str, float]:
 
 def steady(made: dict[str, Any], skip: int) -> dict[str, Any]:
     """What the steps behind the first `skip` cost: tokens in all, and CPU and wall seconds of each."""
-    before, steps = made["steps"][skip - 1 : -1], made["steps"][skip:]
+    marks, steps = [made["begin"], *made["steps"]][skip:], made["steps"][skip:]
     return {
         "real": sum(step["real"] for step in steps),
         "padded": sum(step["padded"] for step in steps),
-        "cpu": [round(step["cpu"] - last["cpu"], 4) for last, step in zip(before, steps, strict=True)],
-        "wall": [round(step["wall"] - last["wall"], 4) for last, step in zip(before, steps, strict=True)],
+        "cpu": [round(now["cpu"] - last["cpu"], 4) for last, now in itertools.pairwise(marks)],
+        "wall": [round(now["wall"] - last["wall"], 4) for last, now in itertools.pairwise(marks)],
         "losses": [round(step["loss"], 6) for step in made["steps"]],
     }
 

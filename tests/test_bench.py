@@ -12,7 +12,7 @@ import bench_tables
 import pytest
 import torch
 from bench_results import Results, read_results
-from conftest import ROOT
+from conftest import ROOT, write_jsonl
 from torch.utils.flop_counter import FlopCounterMode
 
 TOLD = {
@@ -103,6 +103,14 @@ class TestStamps:
         assert line["loss"] == 1.0
         assert line["session_cpu"] > 0
 
+    def test_an_epoch_ends_with_training(self, tmp_path, tiny_model, conversations):
+        rows = write_jsonl(tmp_path / "rows.jsonl", conversations[:12])
+        settings = {"model_name_or_path": tiny_model, "dataset_name": rows, "use_cpu": True, "num_train_epochs": 1}
+        settings |= {"per_device_train_batch_size": 4}
+        made = bench_runs.run("ours, python sft.py", settings, tmp_path, 0, tmp_path / "cache")
+        assert [step["step"] for step in made["steps"]] == [1, 2, 3]
+        assert not (tmp_path / "run/model.safetensors").exists()
+
     def test_only_a_process_that_is_asked_to_waits_for_the_trainer(self, monkeypatch):
         import sys
 
@@ -120,7 +128,9 @@ class TestComparison:
                 bench_runs.require_parity([1.0, 2.0], others, "tiny, ours")
 
     def test_the_first_steps_are_not_counted(self):
-        figures = bench_runs.steady({"steps": steps_of(9.0, 5.0, 1.0, 2.0)}, 2)
+        made = {"begin": {"cpu": 0.0, "wall": 0.0}, "steps": steps_of(9.0, 5.0, 1.0, 2.0)}
+        assert bench_runs.steady(made, 0)["cpu"] == [9.0, 5.0, 1.0, 2.0]
+        figures = bench_runs.steady(made, 2)
         assert figures["cpu"] == [1.0, 2.0]
         assert figures["wall"] == [2.0, 4.0]
         assert (figures["real"], figures["padded"]) == (100, 200)
@@ -144,7 +154,9 @@ class TestComparison:
     def test_other_losses_stop_the_bench(self, tmp_path, monkeypatch, capsys):
         costs = iter([steps_of(1, 1, 1, 1), [{**step, "loss": 7.0} for step in steps_of(1, 1, 1, 1)]])
         monkeypatch.setattr(bench, "write_inputs", lambda *args: 80)
-        monkeypatch.setattr(bench, "run", lambda *args: {"begin": BEGIN, "steps": next(costs)})
+        monkeypatch.setattr(
+            bench, "run", lambda *args: {"begin": {**BEGIN, "cpu": 0, "wall": 0}, "steps": next(costs)}
+        )
         assert bench.main(["train", "--quick", "--repeats", "1", "--out", str(tmp_path / "cpu.json")]) == 1
         assert "step 1 has a loss of 7.0 where it was 1.0: nothing can be compared" in capsys.readouterr().err
         assert len(read_results(tmp_path / "cpu.json").sections["train"]["runs"]) == 1

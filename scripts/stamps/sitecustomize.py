@@ -2,8 +2,8 @@
 
 Python imports this module by its name when its folder is on PYTHONPATH. Where STAMPS names a file, the trainer of
 transformers gets a callback more, which writes lines of JSON: `begin`, with what the trainer was told, and one for
-each step. The process ends with step STAMPS_STEPS, or with the first one that ends after STAMPS_SECONDS of training:
-what follows training is not measured, and nothing is saved.
+each step. The process ends with step STAMPS_STEPS, with the first one that ends after STAMPS_SECONDS of training, or
+with training: what follows it is not measured, and nothing is saved.
 """
 
 import json
@@ -97,6 +97,7 @@ def fit(trainer: Any) -> None:
                 event="begin",
                 time=time.time(),
                 **of_session(),
+                **now(),
                 told=json.loads(json.dumps(told, default=str)),
                 **weights,
             )
@@ -117,12 +118,20 @@ def fit(trainer: Any) -> None:
             )
             batches.clear()
             if state.global_step == steps or time.monotonic() - self.started > seconds:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(0)
+                leave()
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            leave()
 
     trainer.Trainer.training_step = training_step
     trainer.DEFAULT_CALLBACKS.append(Stamps)
+
+
+def leave() -> None:
+    """End this process at once."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def lengths_of(inputs: dict[str, Any]) -> Any:
