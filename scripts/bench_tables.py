@@ -175,16 +175,22 @@ def overhead(section: Section) -> str:
     lines = []
     for model, every in keys_of(section, "model", "logging_steps"):
         ours, tuned = (good(section, model=model, logging_steps=every, side=side) for side in ("ours", "tuned"))
-        # Step by step, since both take the same rows: what disturbs a run for a moment is not in the median.
-        added = [
-            statistics.median(one / other for one, other in zip(run["cpu"], tuned[repeat]["cpu"], strict=True)) - 1
-            for repeat, run in ours.items()
-            if repeat in tuned
-        ]
-        each = [[statistics.median(run["cpu"]) * 1000 for run in runs.values()] for runs in (tuned, ours)]
-        lines.append([model, every, *(spread(values, ".1f") for values in each), spread(added, ".1%"), "3 %"])
-    head = "model | logs every | CPU ms a step, tuned | ours | ours adds | at most"
+        each = [sum(one) / sum(other) - 1 for one, other in pairs_of(ours, tuned)]
+        added = f"{undisturbed(ours) / undisturbed(tuned) - 1:.1%}" if each else "failed"
+        times = [f"{1000 * undisturbed(runs):.1f}" if runs else "failed" for runs in (tuned, ours)]
+        lines.append([model, every, *times, added, spread(each, ".1%"), "3 %"])
+    head = "model | logs every | CPU ms a step, tuned | ours | ours adds | of each repeat | at most"
     return markdown(head, lines, circumstances(section))
+
+
+def pairs_of(ones: dict[int, Any], others: dict[int, Any]) -> list[tuple[list[float], list[float]]]:
+    """CPU seconds of the steps of two sides, for each repeat that has both."""
+    return [(run["cpu"], others[repeat]["cpu"]) for repeat, run in ones.items() if repeat in others]
+
+
+def undisturbed(runs: dict[int, Any]) -> float:
+    """Mean CPU seconds of a step, each at its least over the repeats: what else the machine does only adds to them."""
+    return statistics.mean(map(min, zip(*(run["cpu"] for run in runs.values()), strict=True)))
 
 
 def ablation(section: Section) -> str:
