@@ -34,7 +34,7 @@ def settle(
     vocabulary: int,
     by_document: bool,
 ) -> None:
-    """Settle what the recipe leaves open (`args.unsettled`), in `args`.
+    """Settle what the recipe leaves open (`args.unsettled`, which is empty then), in `args`.
 
     `by_document` says that attention tells rows laid end to end apart at no cost (`attention.Choice`), `vocabulary` is
     the number of the model's tokens.
@@ -52,6 +52,7 @@ def settle(
         value, why = found[name]
         setattr(args, name, value)
         logger.info("%s: %s by default: %s", name, str(value).lower(), why)
+    args.unsettled = set()
 
 
 def padding_free(args: "SFTConfig", train: "Part", by_document: bool) -> tuple[bool, str]:

@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a script: what stands beside it must not hide other packages' modules
     sys.path[0] = str(Path(__file__).parents[1])
@@ -31,7 +31,10 @@ from open_r1.run_state import held, holder, read_state, record, record_end
 from open_r1.stopping import EXIT_CODE, Preempted, Stop, heeded
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from open_r1.configs import ModelConfig, ScriptArguments, SFTConfig
+    from open_r1.preparation import Prepared
 
 logger = logging.getLogger("open_r1")
 
@@ -91,10 +94,9 @@ def run(recipe: Recipe, stop: Stop) -> int:
     with kept_for_good():
         from transformers import set_seed
 
-        from open_r1 import ledger, preflight
+        from open_r1 import preflight
         from open_r1.attention import settle_attention
         from open_r1.callbacks import followed, get_callbacks, ready_branch
-        from open_r1.card import hardware
         from open_r1.chat import get_tokenizer
         from open_r1.defaults import settle
         from open_r1.faults import free_builds
@@ -106,7 +108,6 @@ def run(recipe: Recipe, stop: Stop) -> int:
         from open_r1.report import try_to_write
         from open_r1.trackers import name_run
         from open_r1.trainer import OrderedTrainer, tell_libraries, trainer_arguments
-        from open_r1.views import write_samples
 
     heed_others(stop, output_dir)
     script_args, training_args, model_args = build_configs(recipe)
@@ -137,14 +138,7 @@ def run(recipe: Recipe, stop: Stop) -> int:
     tracked = name_run(training_args, facts, earlier)
     if training_args.process_index == 0:
         ready_branch(training_args, resuming=bool(earlier))
-        with room(Path(output_dir), "the run"):
-            begins = {"status": "running", "reason": "", "global_step": earlier.get("step", 0), **holder()}
-            same = read_state(output_dir).get("run_id") == tracked["run_id"]
-            spent = {} if same else {"device_seconds": {}}
-            record(output_dir, **begins, **tracked, **facts, **spent, hardware=hardware(training_args.world_size))
-            Path(output_dir, "recipe.yaml").write_text(written_out(recipe), encoding="utf-8")
-            ledger.write(output_dir, {name: part.ledger for name, part in prepared.parts.items()})
-            write_samples(output_dir, prepared.train, tokenizer)
+        put_down(recipe, training_args, prepared, tokenizer, {**tracked, **facts}, earlier.get("step", 0))
     stop.begun = True
     model = get_model(model_args, training_args, tokenizer)
     trainer = OrderedTrainer(
@@ -174,6 +168,32 @@ def run(recipe: Recipe, stop: Stop) -> int:
         summarize(trainer)
     end(trainer)
     return 1 if failed else 0
+
+
+def put_down(
+    recipe: Recipe,
+    args: "SFTConfig",
+    prepared: "Prepared",
+    tokenizer: "PreTrainedTokenizerBase",
+    facts: dict[str, Any],
+    step: int,
+) -> None:
+    """Put down in output_dir what is known before the first step, from which a run can be told and its report written.
+
+    `facts` go into `run_state.json`; `step` is the one that the run goes on from.
+    """
+    from open_r1 import ledger
+    from open_r1.card import hardware
+    from open_r1.views import write_samples
+
+    out = args.output_dir
+    with room(Path(out), "the run"):
+        begins = {"status": "running", "reason": "", "global_step": step, **holder()}
+        spent = {} if read_state(out).get("run_id") == facts["run_id"] else {"device_seconds": {}}
+        record(out, **begins, **facts, **spent, hardware=hardware(args.world_size))
+        Path(out, "recipe.yaml").write_text(written_out(recipe), encoding="utf-8")
+        ledger.write(out, {name: part.ledger for name, part in prepared.parts.items()})
+        write_samples(out, prepared.train, tokenizer)
 
 
 @contextlib.contextmanager
