@@ -33,13 +33,12 @@ demo: .venv/installed ## Train a tiny model to do sums, on a CPU, in minutes
 	@$(RUN) python scripts/make_demo.py $(DEMO)
 	@echo "before training:"
 	@$(RUN) python scripts/score_demo.py $(DEMO)/model --problems $(DEMO)/held_out.jsonl
-	@$(RUN) accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		src/open_r1/sft.py --config recipes/demo/sft/config_arithmetic.yaml $(ARGS)
+	@$(RUN) python src/open_r1/sft.py --config recipes/demo/sft/config_arithmetic.yaml $(ARGS)
 	@echo "after training:"
 	@$(RUN) python scripts/score_demo.py $(DEMO)/run --problems $(DEMO)/held_out.jsonl --samples 3
 
 sft: .venv/installed $(if $(findstring zero,$(ACCELERATOR)),.venv/installed-deepspeed) ## Train: make sft RECIPE=... [ACCELERATOR=zero3] [NUM_PROCESSES=8] [ARGS="..."]
-	$(RUN) accelerate launch $(if $(ACCELERATOR),--config_file recipes/accelerate_configs/$(ACCELERATOR).yaml) \
+	$(RUN) accelerate-launch $(if $(ACCELERATOR),--config_file recipes/accelerate_configs/$(ACCELERATOR).yaml) \
 		$(if $(NUM_PROCESSES),--num_processes $(NUM_PROCESSES)) src/open_r1/sft.py --config $(RECIPE) $(ARGS)
 
 check: .venv/installed $(if $(findstring zero,$(ACCELERATOR)),.venv/installed-deepspeed) ## Check a recipe without training, and plan it, also for GPUs elsewhere: make check RECIPE=... [ACCELERATOR=zero3 NUM_PROCESSES=16]

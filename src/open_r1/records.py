@@ -31,7 +31,7 @@ SCHEMA = pa.schema([("record", pa.binary()), ("problem", pa.string()), ("file", 
 COLUMNS = pa.schema([("column", pa.string()), ("row", pa.int64())])
 BATCH_ROWS, BATCH_BYTES = 2**14, 2**23  # records written at once: whichever is less
 ZIPPED = (b"PK\x03\x04", b"PK\x05\x06")
-LOOKED_AT = 100  # lines that tell JSON lines from documents
+LOOKED_AT = 100  # lines that tell JSON lines from documents, and records whose keys are read at once
 BOM = b"\xef\xbb\xbf"
 BETWEEN = re.compile(r"[ \t\r\n]*")
 
@@ -187,7 +187,8 @@ def write_columns(records: Dataset, path: str) -> None:
     """Write the arrow file `path` of the keys of all records."""
     found: dict[str, int] = {}
     text = -1
-    for number, row in enumerate(records.select_columns(["record", "problem"])):
+    batches = records.select_columns(["record", "problem"]).with_format("arrow").iter(LOOKED_AT)
+    for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
         try:
             value = row_of(row, texts=True)
         except ValueError:
