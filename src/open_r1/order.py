@@ -246,8 +246,9 @@ def require_rows(
     resume, and how it deals batches out to processes, is nothing that a count could prove.
     """
     expected = order.batches_of(step)[rank::ranks] if batches else order.of_step(step)[:0]
+    stored = rows.with_format("arrow")  # which takes longer than to read a row
     for micro, (batch, numbers) in enumerate(zip(batches, expected, strict=True)):
-        tokens = rows.with_format("arrow")[numbers.tolist()].column("input_ids").combine_chunks()
+        tokens = stored[numbers.tolist()].column("input_ids").combine_chunks()
         tokens = tokens.flatten().to_numpy()
         given = batch["input_ids"].detach().cpu().numpy()
         mask = batch.get("attention_mask")
