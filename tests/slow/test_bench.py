@@ -27,6 +27,8 @@ def test_a_section(tmp_path, section):
     assert len(made["runs"]) == len([line for line in said.splitlines() if line.startswith(f"{section} 1, ")]) > 3
     slow = {"torch_compile"}  # which may not be done with the first step in a minute
     assert not [run for run in made["runs"] if "failed" in run and run.get("variant") not in slow], said
+    if section == "ablation":
+        assert len({run["real"] for run in made["runs"] if "real" in run}) == 1  # the same rows in whatever order
     table = bench_tables.TABLES[section](made)
     assert len(table.splitlines()) == 4 + len(made["runs"]) // (2 if section == "overhead" else 1)
     assert "nan" not in table
