@@ -58,6 +58,8 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "a log after each step": {"logging_steps": 1},
     "no logs": {"logging_strategy": "no"},
 }
+# What of a conversation is learnt, by settings of ours and of stock: our default, and stock's.
+LEARNT = {"answers": ({}, STOCK), "everything": ({"supervision": "full"}, {**STOCK, "assistant_only_loss": False})}
 OTHER_STEPS = {"train_sampling_strategy", "packing"}  # settings with which steps are of other rows
 
 
@@ -156,8 +158,8 @@ def startup(bench: Bench) -> list[Cell]:
     with (work / "data/train.jsonl").open("w") as file:
         file.writelines(itertools.islice(short_rows(pairs), bench.scale.cold_rows))
 
-    def first(side: str, cached: bool) -> dict[str, Any]:
-        cache, settings = work / "caches" / side, recipe_of(work, "model") | (STOCK if side == "stock" else {})
+    def first(side: str, learns: str, cached: bool) -> dict[str, Any]:
+        cache, settings = work / "caches" / learns / side, recipe_of(work, "model") | LEARNT[learns][side == "stock"]
         if not cached:
             shutil.rmtree(cache, ignore_errors=True)
         elif not cache.exists():
@@ -165,9 +167,15 @@ def startup(bench: Bench) -> list[Cell]:
         return first_step(run(side, settings, work / "run", 1, cache))
 
     return [
-        Cell({"cache": state, "side": side}, lambda side=side, state=state: first(side, state == "warm"), most)
+        Cell(
+            {"cache": state, "learns": learns, "side": side},
+            lambda side=side, learns=learns, state=state: first(side, learns, state == "warm"),
+            most,
+        )
         for state, most in (("cold", 2), ("warm", None))
+        for learns in LEARNT
         for side in ("stock", "ours", "ours, python sft.py")
+        if learns == "answers" or side != "ours, python sft.py"
     ]
 
 

@@ -95,12 +95,14 @@ def keys_of(section: Section, *names: str) -> list[tuple[Any, ...]]:
 def startup(section: Section) -> str:
     """CPU and wall seconds to the end of the first step, beside stock's."""
     lines = []
-    for cache, side in keys_of(section, "cache", "side"):
-        runs, stock = good(section, cache=cache, side=side), good(section, cache=cache, side="stock")
+    for cache, learns, side in keys_of(section, "cache", "learns", "side"):
+        key = {"cache": cache, "learns": learns}
+        runs, stock = good(section, **key, side=side), good(section, **key, side="stock")
         ratios = [] if side == "stock" else paired(runs, stock, lambda run: run["cpu"])
         lines.append(
             [
                 f"{cache}, {section['scale']['cold_rows']:,} rows",
+                learns,
                 NAMES[side],
                 spread([run["cpu"] for run in runs.values()], ".1f"),
                 spread([run["wall"] for run in runs.values()], ".1f"),
@@ -109,7 +111,7 @@ def startup(section: Section) -> str:
                 f"{STARTS[cache]}" if side == "ours" else "",
             ]
         )
-    head = "cache | command | CPU s | wall s | CPU s before training | CPU ÷ stock's | at most"
+    head = "cache | learns | command | CPU s | wall s | CPU s before training | CPU ÷ stock's | at most"
     return markdown(head, lines, circumstances(section))
 
 
