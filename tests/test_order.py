@@ -97,7 +97,7 @@ class TestLengths:
         assert abs(np.corrcoef(firsts, np.arange(100))[0, 1]) < 0.3
 
     @pytest.mark.parametrize("strategy", ["random", "group_by_length", "sequential"])
-    def test_longest_first_puts_the_longest_batches_into_steps_one_and_two(self, strategy):
+    def test_longest_first_puts_the_longest_batch_into_step_two(self, strategy):
         def batches(longest_first, lengths):
             order = order_of(8, lengths, strategy=strategy, longest_first=longest_first)
             return [tuple(rows) for rows in order.rows(0, len(order)).reshape(-1, 8).tolist()]
@@ -106,9 +106,8 @@ class TestLengths:
         lengths[order_of(8, strategy=strategy, longest_first=False).rows(0, 103)[-7:]] = 5  # none of what is carried
         with_it, without = batches(True, lengths), batches(False, lengths)
         assert sorted(with_it) == sorted(without)
-        longest = sorted(without, key=lambda rows: (lengths[list(rows)].max(), lengths[list(rows)].sum()))
-        assert with_it[:2] == [longest[-2], longest[-1]]
-        assert sum(one != other for one, other in zip(with_it, without, strict=True)) <= 4
+        assert with_it[1] == max(without, key=lambda rows: (lengths[list(rows)].max(), lengths[list(rows)].sum()))
+        assert sum(one != other for one, other in zip(with_it, without, strict=True)) <= 2
 
     @pytest.mark.parametrize("seed", range(20))
     def test_nothing_later_is_longer_than_step_two(self, seed):
@@ -244,7 +243,6 @@ class TestARun:
         assert [line["rows"] for line in told] == rows_of(order, 12)
         sizes = order.lengths[order.rows(0, 48)].reshape(-1, 4).max(axis=1)
         assert sizes[1] == order.lengths.max()
-        assert sizes[0] >= sizes[2:6].max()
 
     @pytest.mark.parametrize(
         "values",

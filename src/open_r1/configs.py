@@ -320,8 +320,8 @@ class SFTConfig(trl.SFTConfig):
     longest_first: bool | None = field(
         default=None,
         metadata={
-            "help": "The two global batches of the first epoch with the longest rows come in steps one and two, so "
-            "that memory runs out at once or not at all. Default: on, unless packing is on or rows are sequential."
+            "help": "The global batch of the first epoch with the longest rows comes in step two, so that memory runs "
+            "out at once or not at all. Default: on, unless packing is on or rows are sequential."
         },
     )
     chat_template: str | None = field(

@@ -141,7 +141,7 @@ class Order(Sampler[int]):
         return random.permutation(np.concatenate([rows[:0], *blocks]).reshape(-1, self.batch)).ravel()
 
     def with_longest_first(self, rows: np.ndarray) -> np.ndarray:
-        """The first permutation with the longest global batch in step two and the second longest in step one.
+        """The first permutation with the longest global batch in step two, in exchange for the one that was there.
 
         In step two the optimiser's state is there, so nothing later needs more memory. A longest row that would only
         come with the next epoch changes places with the longest of this one.
@@ -152,12 +152,9 @@ class Order(Sampler[int]):
             rows[[here, longest]] = rows[[longest, here]]
         batches = rows[: len(self)].reshape(self.steps, self.batch)
         sizes = self.lengths[batches]
-        order = np.arange(self.steps)
-        largest = np.lexsort((sizes.sum(axis=1), sizes.max(axis=1)))[::-1]
-        for place, number in zip((1, 0) if self.steps > 1 else (0,), largest, strict=False):
-            there = np.flatnonzero(order == number)[0]
-            order[[place, there]] = order[[there, place]]
-        rows[: len(self)] = batches[order].ravel()
+        longest = np.lexsort((sizes.sum(axis=1), sizes.max(axis=1)))[-1]
+        second = min(1, self.steps - 1)
+        batches[[second, longest]] = batches[[longest, second]]
         return rows
 
 
