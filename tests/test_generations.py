@@ -67,14 +67,17 @@ class TestTheSameRun:
             def state():
                 model = self.trainer.model
                 modes = [module.training for module in model.modules()]
-                return modes, model.config.use_cache, torch.get_rng_state().tolist(), model.is_gradient_checkpointing
+                checkpointed = [getattr(module, "gradient_checkpointing", None) for module in model.modules()]
+                return modes, model.config.use_cache, torch.get_rng_state().tolist(), checkpointed
 
             before = state()
             ask(self)
             seen.append((self.trainer.state.global_step, before == state(), before[0][0]))
+            assert before[-1].count(True) == 2  # of the backbone and one of its two layers
 
         monkeypatch.setattr(generations.Answers, "ask", watched)
-        assert main(argv(sample_steps=2, activation_checkpointing=True)) == 0
+        every_second = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 2}}
+        assert main(argv(sample_steps=2, **every_second)) == 0
         assert [step for step, *_ in seen] == [0, 2, 4, 4] and all(same for _, same, _ in seen)
         assert seen[1][2]  # it was in training
 

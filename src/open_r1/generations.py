@@ -152,16 +152,24 @@ class Answers(TrainerCallback):
 
 @contextlib.contextmanager
 def to_generate(trainer: "OrderedTrainer") -> Iterator[PreTrainedModel]:
-    """The model in training, whole and in evaluation mode; behind it, it is as it was."""
-    model = trainer.model
+    """The model in training, whole and in evaluation mode; behind it, it is as it was.
+
+    TRL would switch activation checkpointing off and on again, with none of its settings (trl 1.16), so that it is not
+    shown any; in evaluation mode nothing is checkpointed anyway.
+    """
+    model, accelerator = trainer.model, trainer.accelerator
     modes = [(module, module.training) for module in model.modules()]
-    kwargs = {"gradient_checkpointing_kwargs": trainer.args.activation_checkpointing_kwargs}
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     sharded = launch_of(trainer.args) == "zero3"
-    whole = unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, **kwargs) if sharded else None
     model.eval()
+    for module in checkpointed:
+        module.gradient_checkpointing = False
     try:
-        with whole or contextlib.nullcontext(trainer.accelerator.unwrap_model(model)) as unwrapped, torch.no_grad():
+        whole = unwrap_model_for_generation(trainer.model_wrapped, accelerator) if sharded else None
+        with whole or contextlib.nullcontext(accelerator.unwrap_model(model)) as unwrapped, torch.no_grad():
             yield unwrapped
     finally:
         for module, training in modes:
             module.training = training
+        for module in checkpointed:
+            module.gradient_checkpointing = True

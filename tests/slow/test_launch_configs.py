@@ -82,6 +82,7 @@ def test_every_config_has_the_losses_of_one_process(config, peft, packing, input
 def test_answers_to_sample_prompts_change_nothing(config, inputs, tmp_path):
     """All processes answer together under ZeRO-3, else the first alone; what it costs is no loss and no time-out."""
     values = {"max_steps": 6, "sample_steps": 2, "sample_tokens": 8, "activation_checkpointing": True}
+    values["activation_checkpointing_kwargs"] = {"every_n_layers": 2}
     prompts = ["What does it do?", "What is abc for?"]
     run(None, inputs(None, tmp_path / "one", sample_prompts=prompts, **values))
     said = run(config, inputs(config, tmp_path / "asked", sample_prompts=prompts, **values))
