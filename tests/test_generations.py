@@ -1,6 +1,7 @@
 """Answers to `sample_prompts`: what they are, when they come, and that training is the same with and without them."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -152,6 +153,15 @@ def test_a_failure_is_reported_and_training_goes_on(argv, tmp_path, caplog, monk
     assert main(argv()) == 0
     assert "sample_prompts were not answered at step 0; training goes on" in caplog.text
     assert "ZeroDivisionError" in caplog.text and len(losses(tmp_path / "run")) == 4
+
+
+def test_their_time_is_none_of_a_steps(argv, tmp_path, monkeypatch):
+    answer = generations.greedy_answer
+    monkeypatch.setattr(generations, "greedy_answer", lambda *args, **more: time.sleep(0.7) or answer(*args, **more))
+    assert main(argv(sample_steps=1, test_split_size=None)) == 0
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["step_seconds"] < 1.4 for line in logged if "loss" in line)
+    assert logged[-1]["train_evaluation_seconds"] > 8 * 0.7
 
 
 class TestPrompts:

@@ -113,7 +113,7 @@ class Answers(TrainerCallback):
         if not (first or self.together):
             return
         try:
-            with to_generate(self.trainer) as model:
+            with self.trainer.meter.clock.spent_on("evaluation"), to_generate(self.trainer) as model:
                 said = [self.answer(model, prompt) for prompt in self.prompts]
             if first:
                 self.tell(step, said)
