@@ -6,6 +6,7 @@ import os
 from types import SimpleNamespace
 
 import bench
+import bench_device
 import bench_gpu
 import bench_runs
 import bench_tables
@@ -297,7 +298,7 @@ class TestTables:
 class TestGpu:
     def test_flops_are_those_that_are_computed(self, tmp_path):
         bench_gpu.write_shape(tmp_path, "toy")
-        model = bench_gpu.with_random_weights(str(tmp_path / "toy"), "float32", "eager")
+        model = bench_device.with_random_weights(str(tmp_path / "toy"), "float32", "eager")
         tokens = 24
         ids = torch.arange(tokens)[None]
         with FlopCounterMode(display=False) as counter:
@@ -340,10 +341,10 @@ class TestGpu:
             assert sides.index("ours") < sides.index("tuned"), wanted
 
     def test_peaks_are_told_by_name(self):
-        assert bench_gpu.peak_of("NVIDIA H100 80GB HBM3") == bench_gpu.peak_of("NVIDIA H200") == 989.5e12
-        assert bench_gpu.peak_of("NVIDIA H100 PCIe") == 756e12
-        assert bench_gpu.peak_of("NVIDIA H200 MIG 1g.18gb") is None
-        assert bench_gpu.peak_of("an unknown one") is None
+        assert bench_device.peak_of("NVIDIA H100 80GB HBM3") == bench_device.peak_of("NVIDIA H200") == 989.5e12
+        assert bench_device.peak_of("NVIDIA H100 PCIe") == 756e12
+        assert bench_device.peak_of("NVIDIA H200 MIG 1g.18gb") is None
+        assert bench_device.peak_of("an unknown one") is None
 
     @pytest.mark.parametrize(
         ("said", "figures"),
@@ -401,4 +402,4 @@ class TestGpu:
     def test_there_must_be_a_gpu_or_a_toy(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(SystemExit, match="there is no GPU here; --toy"):
-            bench_gpu.ceilings(toy=False)
+            bench_device.ceilings(toy=False)
