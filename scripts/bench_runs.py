@@ -200,7 +200,8 @@ def threads() -> str:
 def about() -> dict[str, Any]:
     """The machine and the versions that figures hold for."""
     git = ["git", "-C", str(SCRIPTS.parent)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    last = [*git, "log", "-1", "--format=%h", "--", "src"]  # what is measured, whatever was written about it since
+    commit = subprocess.run(last, capture_output=True, text=True).stdout.strip()
     changed = subprocess.run([*git, "status", "--porcelain", "src"], capture_output=True, text=True).stdout.strip()
     models = [line.partition(":")[2].strip() for line in cpu_facts() if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
