@@ -448,7 +448,9 @@ SMALL = {"num_hidden_layers": 1, "vocab_size": 600}
         (0, (), {"packing": True}, QWEN, "varlen", True),
         (0, (), {"padding_free": True}, KINDS["window"], "varlen", True),
         (0, (), {"packing": True, "packing_strategy": "wrapped"}, QWEN, "sdpa", False),
-        (0, (), {}, QWEN, "sdpa", False),
+        (0, (), {"padding_free": False}, QWEN, "sdpa", False),
+        (0, (), {}, QWEN, "varlen", True),  # which lets rows go without padding
+        (0, (), {"per_device_train_batch_size": 1}, QWEN, "sdpa", False),
         (0, (), {"packing": True, "plan_processes": 8}, QWEN, "varlen", True),
         (0, (), {"packing": True}, Gemma2Config(**TINY), "eager", False),
     ],

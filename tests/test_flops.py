@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
+    MambaConfig,
     MistralConfig,
     PretrainedConfig,
     Qwen2MoeConfig,
@@ -96,6 +97,10 @@ class TestAttention:
         assert found == {None: 12 * 64, 8: 2 * 12 * 64}
         assert attention(MistralConfig(**SHAPE, sliding_window=8)) == {8: 3 * 12 * 64}
         assert attention(Qwen3Config(**SHAPE)) == {None: 3 * 12 * 64}
+
+    def test_of_a_model_that_says_no_heads_it_is_not_known(self):
+        assert attention(MambaConfig()) == {}
+        assert np.isnan(attention(PretrainedConfig(num_hidden_layers=2))[None])
 
     def test_layers_without_it_and_values_of_another_size(self):
         config = PretrainedConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, v_head_dim=8)

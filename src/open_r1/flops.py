@@ -116,14 +116,19 @@ def products(
 
 
 def attention(config: PretrainedConfig) -> dict[int | None, float]:
-    """FLOPs of a pair of tokens in all layers, by window: scores and weighted values, once forward, twice backward."""
+    """FLOPs of a pair of tokens in all layers, by window: scores and weighted values, once forward, twice backward.
+
+    Not a number where the config does not say how many heads there are.
+    """
     window = getattr(config, "sliding_window", None)
     alike = "full_attention" if window is None else "sliding_attention"
     types = getattr(config, "layer_types", None) or [alike] * config.num_hidden_layers
-    heads = config.num_attention_heads
+    layers = Counter(window_of(kind, config) for kind in types if kind in ATTENTION)
+    heads = getattr(config, "num_attention_heads", None)
+    if not layers or not isinstance(heads, int):
+        return dict.fromkeys(layers, math.nan)
     size = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
     values = getattr(config, "v_head_dim", None) or size
-    layers = Counter(window_of(kind, config) for kind in types if kind in ATTENTION)
     return {window: float(3 * 2 * heads * (size + values) * count) for window, count in layers.items()}
 
 

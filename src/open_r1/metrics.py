@@ -266,8 +266,8 @@ class Meter:
         return {
             **{f"{key}_per_second": count / seconds if seconds else 0.0 for key, count in tokens.items()},
             "padding_share": 1 - real / padded if padded else 0.0,
-            "tflops": speed / 1e12,
-            "mfu": speed / self.peak if self.peak else None,
+            "tflops": speed / 1e12 if math.isfinite(speed) else None,
+            "mfu": speed / self.peak if self.peak and math.isfinite(speed) else None,
             "peak_memory_bytes": int(tally.memory),
         }
 
