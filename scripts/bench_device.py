@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 # Dense bfloat16 FLOP/s by the name that the driver gives a device, from NVIDIA's data sheets.
-PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835.5e12, "H200 NVL": 835.5e12, "H100": 989.5e12, "H200": 989.5e12}
-PEAKS |= {"A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 
 
 def work_as_told() -> int:
@@ -70,12 +68,14 @@ def ceilings(toy: bool) -> dict[str, Any]:
     """What the device does at most, measured: TFLOP/s of a bfloat16 product of square matrices, GB/s of a copy."""
     import torch
 
+    from open_r1.flops import peak_flops
+
     there = torch.cuda.is_available()
     if not there and not toy:
         raise SystemExit("there is no GPU here; --toy runs all of it at toy scale on a CPU")
     device, size, wide = ("cuda", 8192, 2**31) if there else ("cpu", 256, 2**22)
     square = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    source = torch.ones(wide, device=device, dtype=torch.uint8)
+    source = torch.randint(0, 255, (wide,), device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
     found: dict[str, Any] = {
         "ceilings": {
@@ -86,7 +86,7 @@ def ceilings(toy: bool) -> dict[str, Any]:
     if there:
         facts = torch.cuda.get_device_properties(0)
         found |= {"device": facts.name, "memory_bytes": facts.total_memory, "cuda": torch.version.cuda}
-        found["peak_flops"] = peak_of(facts.name)
+        found["peak_flops"] = peak_flops(facts.name, "bf16")
     return found
 
 
@@ -102,11 +102,6 @@ def best(work: Any, times: int) -> float:
             torch.cuda.synchronize()
         found.append(time.perf_counter() - started)
     return min(found)
-
-
-def peak_of(device: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device by its name, None where it is not known."""
-    return next((peak for name, peak in PEAKS.items() if name in device and "MIG" not in device), None)
 
 
 if __name__ == "__main__":
