@@ -116,11 +116,12 @@ class TestSameData:
                 *(compare_runs.read_run(run).logged["loss"].values() for run in (one, faster)), strict=True
             )
         ]
-        assert max(gaps) == gaps[4] > 2 * gaps[1] > 0
+        most = gaps.index(max(gaps))
+        assert gaps[most] > 2 * gaps[1] > 0
         code, lines, _ = compare(one, faster, "--tolerance", str(2 * gaps[1]))
         beyond = next(step for step, gap in enumerate(gaps, 1) if gap > 2 * gaps[1])
         assert (code, lines[-1]) == (1, f"the same data, other losses from step {beyond}")
-        assert f"most in step 5, by {gaps[4]:.3g}" in line_of(lines, "loss")
+        assert f"most in step {most + 1}, by {gaps[most]:.3g}" in line_of(lines, "loss")
 
     def test_the_last_bit_of_one_loss(self, one, copied, compare):
         def change(state):

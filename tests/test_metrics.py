@@ -30,7 +30,7 @@ from open_r1.sft import build_configs, main
 from open_r1.trackers import without_folders
 
 LAYOUTS = {
-    "padded": {},
+    "padded": {"padding_free": False},
     "padding_free": {"padding_free": True},
     "bfd": {"packing": True},
     "bfd_split": {"packing": True, "packing_strategy": "bfd_split", "max_length": 48},
@@ -111,14 +111,15 @@ class TestTokens:
 
     def test_padded_tokens_are_the_positions_of_the_batches(self, run):
         order = order_of(run.data.train, run.args)
-        steps = [order.lengths[order.of_step(step)] for step in range(1, 2 * order.steps + 1)]
+        steps = [order.lengths[order.batches_of(step)] for step in range(1, 2 * order.steps + 1)]
         flat = run.args.padding_free or (run.args.packing and run.layout != "wrapped")
-        expected = np.cumsum([each.sum() if flat else each.max() * len(each) for each in steps])
+        padded = [each.sum() if flat else each.max(axis=1).sum() * each.shape[1] for each in steps]
+        expected = np.cumsum(padded)
         assert [line["padded_tokens"] for line in trained(run.lines)] == expected.tolist()
         real = np.cumsum([each.sum() for each in steps])
         assert [line["real_tokens"] for line in trained(run.lines)] == real.tolist()
-        for line, each in zip(trained(run.lines), steps, strict=True):
-            share = 0.0 if flat else 1 - each.sum() / (each.max() * len(each))
+        for line, each, positions in zip(trained(run.lines), steps, padded, strict=True):
+            share = 1 - each.sum() / positions
             assert line["padding_share"] == pytest.approx(share)
         assert flat or any(line["padding_share"] > 0.1 for line in trained(run.lines)) or run.layout == "wrapped"
 
