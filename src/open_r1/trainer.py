@@ -55,10 +55,11 @@ class Course(TrainerCallback):
     def on_train_begin(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Go on where the checkpoint was, and do what a log or an evaluation of its step still lacks."""
         trainer = self.trainer
-        if trainer.try_isolation:
-            require_isolation(trainer)
-        trainer.stop.waits = True
         trainer.meter.clock.lap()  # what came before is none of its time
+        if trainer.try_isolation:
+            with trainer.meter.clock.spent_on("evaluation"):
+                require_isolation(trainer)
+        trainer.stop.waits = True
         if state.is_world_process_zero:
             remember_mlflow(args)
         state.compute_steps(args, state.max_steps)  # upstream keeps the checkpoint's logging, saving and eval steps
