@@ -256,6 +256,7 @@ def test_ctrl_c_in_a_real_terminal(tiny_model, chat_file, tmp_path):
         stderr=theirs,
         env=environment,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background job ignores
     )
     said, until = b"", time.monotonic() + 300
     try:
