@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from open_r1.attention import HALF, keeps_documents
 from open_r1.errors import UserError
@@ -120,7 +121,7 @@ def example(tried: list[list[int]], packed: bool = True) -> dict[str, Any]:
 
 @contextmanager
 def undisturbed(model: torch.nn.Module, device: torch.device) -> "Iterator[None]":
-    """Evaluation mode without gradients, and afterwards modes and random numbers as before."""
+    """Evaluation mode without gradients, and afterwards modes, random numbers and shards as before."""
     modes: Iterable[tuple[torch.nn.Module, bool]] = [(module, module.training) for module in model.modules()]
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         model.eval()
@@ -129,3 +130,5 @@ def undisturbed(model: torch.nn.Module, device: torch.device) -> "Iterator[None]
         finally:
             for module, training in modes:
                 module.training = training
+                if isinstance(module, FSDPModule):  # the outermost one keeps what it gathered for a backward pass
+                    module.reshard()
