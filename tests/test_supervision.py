@@ -13,12 +13,12 @@ from datasets import Dataset
 from tokenizers import AddedToken, processors
 from transformers import AutoTokenizer
 
-from open_r1.chat import settle_stop_token
+from open_r1.chat import CHATML, settle_stop_token
 from open_r1.configs import SFTConfig
 from open_r1.encoding import spelling_of
 from open_r1.errors import BadRow, UserError
 from open_r1.formats import without_nulls
-from open_r1.supervision import CLOSE, OPEN, probe_template
+from open_r1.supervision import CLOSE, OPEN, PLAIN_ROLES, probe_template, writes_contents_only
 from open_r1.tokenization import Supervision, encode_batch
 
 HOW = Supervision.of(SFTConfig(output_dir="unused", use_cpu=True, max_length=None), packing=False)
@@ -348,3 +348,81 @@ def test_a_template_without_a_stop_token_rewrites_nothing(load, policy):
 
 def test_reasoning_behind_a_closed_block_is_refused_whatever_is_probed(load):
     assert "has reasoning, but the generation prompt" in refusal(ROWS["think"], load("qwen3_5_nothink_training"))
+
+
+def rendered(render, messages):
+    """What is written, or the reason why nothing is."""
+    try:
+        return render(messages)
+    except Exception as error:
+        return repr(error)
+
+
+@pytest.mark.parametrize("name", ["chatml", *TEMPLATES])
+def test_a_frame_holds_what_the_template_writes(load, name):
+    tokenizer = load("phi3" if name == "chatml" else name)
+    text = CHATML if name == "chatml" else tokenizer.chat_template
+    template = replace(probe_template(tokenizer), text=text, framed=writes_contents_only(text))
+    assert template.framed == (name in ("chatml", "phi3", "phi3_training"))
+    contents = [
+        "",
+        " a\n",
+        "{0} {braces} }}{{",
+        "<think>\nr\n</think>\n\na",
+        "Émile 四 🙂",
+        "\\1 %s &lt;'\"",
+        f"{OPEN}0{CLOSE}",
+    ]
+    for number in range(60):
+        roles = [PLAIN_ROLES[number // 3**place % 3] for place in range(1 + number % 4)]
+        messages = [says(contents[(number + n) % len(contents)], role) for n, role in enumerate(roles)]
+        assert rendered(template.render_plain, messages) == rendered(template.render, messages)
+
+
+LOOP = "{{% for message in messages %}}<|{{{{ message.role }}}}|>{}{{% endfor %}}".format
+WRITTEN = ("message.content", "message['content']", "'a' + message.content + 'b'", "loop.index0 ~ message.content")
+WRITTEN += ("messages[0].content", "messages[loop.index0 - 1]['role']", "'x' if loop.last else 'y'")
+READ = (
+    "message.content | trim",
+    "message.content.strip()",
+    "'x' in message.content",
+    "'x' if message.content else ''",
+)
+READ += ("message.content[0]", "(message.content ~ 'x') | trim", "'%s' % message.content", "[message.content]")
+READ += (
+    "message",
+    "messages",
+    "messages | length",
+    "message.items()",
+    "message.get('content')",
+    "messages[0] | tojson",
+)
+READ += ("loop.previtem.content | upper", "loop.changed(message.content)", "message[key]", "message['con' + 'tent']")
+READ += ("messages[message.content].role", "messages['pop']['__self__'][0]['content'] | trim", "messages[:1] | string")
+SHOWN = LOOP("{{ message.content }}")
+STATEMENTS = (
+    f"{{% set x %}}{SHOWN}{{% endset %}}{{{{ x | trim }}}}",
+    f"{{% filter upper %}}{SHOWN}{{% endfilter %}}",
+    f"{{% autoescape true %}}{SHOWN}{{% endautoescape %}}",
+    f"{{% macro all() %}}{SHOWN}{{% endmacro %}}{{{{ all() | trim }}}}",
+    "{% macro f(x) %}{{ x | trim }}{% endmacro %}" + LOOP("{{ f(message.content) }}"),
+    LOOP("{% set said = message.content %}{{ said }}"),
+    LOOP("{% if message.content is string %}{{ message.content }}{% endif %}"),
+    "{% for message in messages if message.content %}{% endfor %}",
+    "{% for message in messages[1:] %}{{ message.content }}{% endfor %}",
+    "{% for sign in messages[0].content %}{{ sign }}{% endfor %}",
+    "{% set first = messages[0] %}{{ first.content | trim }}",
+    "{% for role, content in messages %}{% endfor %}",
+    "{% unknown %}",
+)
+
+
+@pytest.mark.parametrize("said", WRITTEN)
+def test_a_template_that_only_writes_contents_has_frames(said):
+    assert writes_contents_only(LOOP(f"{{{{ {said} }}}}"))
+    assert writes_contents_only("{% generation %}" + LOOP(f"{{{{ {said} }}}}") + "{%- endgeneration -%}")
+
+
+@pytest.mark.parametrize("text", [*(LOOP(f"{{{{ {said} }}}}") for said in READ), *STATEMENTS])
+def test_a_template_that_does_more_has_none(text):
+    assert not writes_contents_only(text)

@@ -22,6 +22,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from open_r1.supervision import CLOSE, OPEN
 
 IGNORED = -100
+TEXTS = 64  # encoded at once: what the library makes of short ones stays in a core's cache
 TEXT_BYTES = 2**21  # characters encoded at once, so that memory is bounded by bytes, not by rows
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece writes a byte that no token of its own holds
 TAKEN_APART = "a control token is spelled out where the chat template takes texts apart; remove it from the row"
@@ -136,13 +137,13 @@ def encode_pieces(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase, spell
 
 
 def by_bytes(pieces: list[Piece]) -> Iterator[list[Piece]]:
-    """Pieces in groups of about `TEXT_BYTES` characters."""
+    """Pieces in groups of `TEXTS`, or of about `TEXT_BYTES` characters where that is fewer."""
     group: list[Piece] = []
     size = 0
     for piece in pieces:
         group.append(piece)
         size += len(piece.text)
-        if size >= TEXT_BYTES:
+        if size >= TEXT_BYTES or len(group) == TEXTS:
             yield group
             group, size = [], 0
     if group:
@@ -158,16 +159,23 @@ def encode_spelled(pieces: list[Piece], backend: Tokenizer, spelling: Spelling) 
     lists = [encoding.ids for encoding in encodings]
     bounds = np.cumsum([0, *map(len, lists)])
     ids = np.fromiter(chain.from_iterable(lists), np.int32, count=bounds[-1])
-    ends = np.cumsum(spelling.sizes[ids])  # in bytes of all texts
+    before = np.concatenate([[0], np.cumsum(spelling.sizes[ids])])  # the bytes of all texts before each token
     labels = np.full(len(ids), IGNORED, dtype=np.int32)
     unclear = []
-    for piece, tokens, start, end in zip(pieces, lists, bounds, bounds[1:], strict=False):
-        if spells(spelling, tokens, piece.text):
-            ranges = ranges_in(piece, ends[start:end] - (ends[start - 1] if start else 0))
+    all_ranges = ranges_in(pieces, bounds, before)
+    all_spelled = all_spell(spelling, lists, [piece.text.encode() for piece in pieces], before[bounds])
+    for piece, tokens, ranges, start, end in zip(pieces, lists, all_ranges, bounds, bounds[1:], strict=False):
+        if all_spelled or spells(spelling, tokens, piece.text):
             settle(piece, ids[start:end], labels[start:end], ranges, spelling.bos)
         else:
             unclear.append(piece)
     return unclear
+
+
+def all_spell(spelling: Spelling, lists: list[list[int]], texts: list[bytes], bounds: np.ndarray) -> bool:
+    """Whether the tokens of each of `lists` spell its text, when `bounds` are the bytes before the first of each."""
+    spelled = b"".join(map(spelling.texts.__getitem__, chain.from_iterable(lists)))
+    return spelled == b"".join(texts) and np.diff(bounds).tolist() == list(map(len, texts))
 
 
 def settle(
@@ -189,26 +197,35 @@ def settle(
     piece.ids, piece.labels, piece.ranges = ids, labels, ranges
 
 
-def ranges_in(piece: Piece, ends: np.ndarray) -> list[tuple[int, int]] | None:
-    """The tokens [first, last) that hold each span, when token i ends before byte `ends[i]`.
+def ranges_in(pieces: list[Piece], bounds: np.ndarray, before: np.ndarray) -> list[list[tuple[int, int]] | None]:
+    """For each piece the tokens [first, last) of its own that hold each span; None when one begins before its span.
 
-    None when one of them begins before its span.
+    Piece i has tokens bounds[i] .. bounds[i + 1] - 1, and `before` token j there are before[j] bytes.
     """
-    ranges, at, done = [], 0, 0
+    counts = [len(piece.spans) for piece in pieces]
+    starts = np.repeat(bounds[:-1], counts)
+    spans = np.array([span for piece in pieces for span in in_bytes(piece)], dtype=np.int64).reshape(-1, 2)
+    begins, stops = (spans + before[starts][:, None]).T
+    first = np.searchsorted(before[1:], begins, "right")
+    last = np.searchsorted(before[1:], stops - 1, "right") + 1
+    clear = (before[first] == begins).tolist()
+    found = list(zip((first - starts).tolist(), (last - starts).tolist(), strict=True))
+    for empty in np.flatnonzero(begins == stops).tolist():
+        found[empty], clear[empty] = (0, 0), True
+    ends = np.cumsum([0, *counts]).tolist()
+    return [found[at:end] if all(clear[at:end]) else None for at, end in zip(ends, ends[1:], strict=False)]
+
+
+def in_bytes(piece: Piece) -> list[tuple[int, int]]:
+    """The spans of a piece in bytes of its text."""
+    if piece.text.isascii():
+        return piece.spans
+    spans, at, done = [], 0, 0
     for start, end in piece.spans:
-        if start == end:
-            ranges.append((0, 0))
-            continue
-        begins, stops = start, end  # in bytes
-        if not piece.text.isascii():
-            begins = done + len(piece.text[at:start].encode())
-            at, done = end, begins + len(piece.text[start:end].encode())
-            stops = done
-        first, last = ends.searchsorted([begins, stops - 1], "right").tolist()
-        if (ends[first - 1] if first else 0) != begins:
-            return None
-        ranges.append((first, last + 1))
-    return ranges
+        begins = done + len(piece.text[at:start].encode())
+        at, done = end, begins + len(piece.text[start:end].encode())
+        spans.append((begins, done))
+    return spans
 
 
 def encode_with_offsets(pieces: list[Piece], backend: Tokenizer, bos: list[int]) -> None:

@@ -11,8 +11,10 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+from jinja2 import Environment, TemplateSyntaxError, nodes
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -27,9 +29,16 @@ PROBE = "x7q"
 PLAIN_ROLES = ("system", "user", "assistant")
 EMPTY_REASONING = re.compile(r"\s*(<think>)?\s*</think>\s*")
 PREFILL = re.compile(r"<think>\s*(</think>\s*)?$")
+GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
+# What a template may read of plain messages and of a loop over them, as it has nothing to do with contents, and the
+# nodes of its syntax that write what stands in them.
+FIELDS = {"role", "name", "tool_calls", *THOUGHTS}
+PLACES = {"index", "index0", "revindex", "revindex0", "first", "last", "length"}
+MESSAGES = nodes.Name("messages", "load")
+WRITING = (nodes.Template, nodes.Output, nodes.Add, nodes.Concat, nodes.If)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Template:
     """A chat template, and what rendering a few probes has shown of it.
 
@@ -37,7 +46,8 @@ class Template:
     the end of a text. `prompt` is the generation prompt when the template only ever appends and writes
     contents as they are, None otherwise: then one rendering of a conversation tells its spans. `control` matches the
     tokens that structure a conversation. `text_arguments` says whether it takes the arguments of a tool call as text
-    or, false, as a mapping; None when it takes neither.
+    or, false, as a mapping; None when it takes neither. `framed` says that contents decide nothing about a rendering,
+    so that their roles alone tell what stands around them.
     """
 
     name: str
@@ -49,6 +59,7 @@ class Template:
     control: re.Pattern
     prompt: str | None
     text_arguments: bool | None
+    framed: bool
 
     def render(self, messages: Messages, prompt: bool = False, **kwargs: Any) -> str:
         """The conversation as text, with the generation prompt behind it when `prompt`."""
@@ -56,6 +67,13 @@ class Template:
             [messages], chat_template=self.text, add_generation_prompt=prompt, **{**self.special, **kwargs}
         )
         return texts[0]
+
+    def render_plain(self, messages: Messages) -> str:
+        """`render` of messages that `is_plain`."""
+        if not self.framed:
+            return self.render(messages)
+        frame = frame_of(self, tuple([message["role"] for message in messages]))
+        return frame.format(*[message["content"] for message in messages])
 
     def render_with_markers(self, messages: Messages, **kwargs: Any) -> Rendering:
         """The conversation and the spans inside its `{% generation %}` blocks."""
@@ -107,6 +125,7 @@ def probe_template(tokenizer: PreTrainedTokenizerBase) -> Template:
         control=re.compile("(?!)"),
         prompt=None,
         text_arguments=None,
+        framed=writes_contents_only(text),
     )
     turns = [{"role": role, "content": f"{PROBE}{n}"} for n, role in enumerate(["user", "assistant"] * 2)]
     shown = bare.render(turns) + bare.render(turns[:1], prompt=True)
@@ -119,6 +138,48 @@ def probe_template(tokenizer: PreTrainedTokenizerBase) -> Template:
             "text_arguments": argument_type(bare, turns[0]),
         }
     )
+
+
+@lru_cache(maxsize=1024)
+def frame_of(template: Template, roles: tuple[str, ...]) -> str:
+    """What a `framed` template writes for plain messages of these roles, as a format string of their contents."""
+    messages = [{"role": role, "content": f"{OPEN}{index}{CLOSE}"} for index, role in enumerate(roles)]
+    escaped = template.render(messages).replace("{", "{{").replace("}", "}}")
+    return re.sub(f"{OPEN}(\\d+){CLOSE}", r"{\1}", escaped)
+
+
+def writes_contents_only(text: str) -> bool:
+    """Whether the syntax of a template shows that all it does with contents of plain messages is to write them."""
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION.sub("", text))
+    except TemplateSyntaxError:
+        return False
+    return indifferent(tree, frozenset())
+
+
+def indifferent(node: nodes.Node, held: frozenset[str], written: bool = True) -> bool:
+    """Whether no content of a plain message decides anything in a part of a template, which may only write them.
+
+    `held` are the variables that hold a message, `written` says that what the part gives is written as it is. What is
+    not known to do no harm is taken to do some.
+    """
+    if isinstance(node, nodes.Name):
+        return node.name not in held | {"messages", "loop"}
+    if isinstance(node, nodes.Getattr | nodes.Getitem):
+        of, key = node.node, node.attr if isinstance(node, nodes.Getattr) else getattr(node.arg, "value", None)
+        if of == nodes.Name("loop", "load"):
+            return key in PLACES
+        numbered = isinstance(of, nodes.Getitem) and of.node == MESSAGES and indifferent(of.arg, held, False)
+        if numbered or (isinstance(of, nodes.Name) and of.name in held):
+            return key in FIELDS or (key == "content" and written)
+    skipped: tuple[str, ...] = ("test",)
+    if isinstance(node, nodes.For) and node.iter == MESSAGES and isinstance(node.target, nodes.Name):
+        held, skipped = held | {node.target.name}, ("test", "target", "iter")
+    elif not isinstance(node, WRITING):
+        written = False
+    test = getattr(node, "test", None)
+    parts = node.iter_child_nodes(exclude=skipped)
+    return (test is None or indifferent(test, held, False)) and all(indifferent(part, held, written) for part in parts)
 
 
 def any_of(tokens: list[str]) -> re.Pattern:
@@ -214,7 +275,7 @@ def conversation_rows(
     control tokens. `on_rewritten` is `expand`, `mask` or `error`; `empty_reasoning` is `mask` or `supervise`; `kwargs`
     are the row's tools and template arguments. Raises `ValueError` when what the model must say cannot be told.
     """
-    whole = template.render(messages, **kwargs)
+    whole = template.render_plain(messages) if plain else template.render(messages, **kwargs)
     if plain and template.prompt is not None:
         spans = spans_at_a_glance(messages, whole, template.prompt, template.stop)
         if spans is not None:
