@@ -155,27 +155,22 @@ def encode_spelled(pieces: list[Piece], backend: Tokenizer, spelling: Spelling) 
 
     `ranges` stays None where a token holds both the end of a prompt and the beginning of its answer.
     """
-    encodings = backend.encode_batch_fast([piece.text for piece in pieces], add_special_tokens=False)
-    lists = [encoding.ids for encoding in encodings]
-    bounds = np.cumsum([0, *map(len, lists)])
-    ids = np.fromiter(chain.from_iterable(lists), np.int32, count=bounds[-1])
+    texts = [piece.text for piece in pieces]
+    lists = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    bounds, flat = np.cumsum([0, *map(len, lists)]), list(chain.from_iterable(lists))
+    ids = np.fromiter(flat, np.int32, count=len(flat))
     before = np.concatenate([[0], np.cumsum(spelling.sizes[ids])])  # the bytes of all texts before each token
     labels = np.full(len(ids), IGNORED, dtype=np.int32)
     unclear = []
     all_ranges = ranges_in(pieces, bounds, before)
-    all_spelled = all_spell(spelling, lists, [piece.text.encode() for piece in pieces], before[bounds])
+    sizes = [len(text.encode()) for text in texts]
+    all_spelled = np.diff(before[bounds]).tolist() == sizes and spells(spelling, flat, "".join(texts))
     for piece, tokens, ranges, start, end in zip(pieces, lists, all_ranges, bounds, bounds[1:], strict=False):
         if all_spelled or spells(spelling, tokens, piece.text):
             settle(piece, ids[start:end], labels[start:end], ranges, spelling.bos)
         else:
             unclear.append(piece)
     return unclear
-
-
-def all_spell(spelling: Spelling, lists: list[list[int]], texts: list[bytes], bounds: np.ndarray) -> bool:
-    """Whether the tokens of each of `lists` spell its text, when `bounds` are the bytes before the first of each."""
-    spelled = b"".join(map(spelling.texts.__getitem__, chain.from_iterable(lists)))
-    return spelled == b"".join(texts) and np.diff(bounds).tolist() == list(map(len, texts))
 
 
 def settle(

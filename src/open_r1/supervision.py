@@ -311,7 +311,7 @@ def conversation_rows(
 
 def is_plain(messages: Messages) -> bool:
     """Whether messages are of the kind that the template was probed with: text alone."""
-    return all(message.keys() == {"role", "content"} and message["role"] in PLAIN_ROLES for message in messages)
+    return all(len(m) == 2 and "content" in m and m.get("role") in PLAIN_ROLES for m in messages)
 
 
 def turn_at_inference(
