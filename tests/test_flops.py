@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
+    Gemma4TextConfig,
     MambaConfig,
     MistralConfig,
     PretrainedConfig,
@@ -97,6 +98,11 @@ class TestAttention:
         assert found == {None: 12 * 64, 8: 2 * 12 * 64}
         assert attention(MistralConfig(**SHAPE, sliding_window=8)) == {8: 3 * 12 * 64}
         assert attention(Qwen3Config(**SHAPE)) == {None: 3 * 12 * 64}
+
+    def test_heads_that_are_wider_in_some_layers(self):
+        types = ["sliding_attention", "sliding_attention", "full_attention"]
+        config = Gemma4TextConfig(**SHAPE, global_head_dim=32, sliding_window=8, layer_types=types)
+        assert attention(config) == {8: 2 * 12 * 4 * 16, None: 12 * 4 * 32}
 
     def test_of_a_model_that_says_no_heads_it_is_not_known(self):
         assert attention(MambaConfig()) == {}

@@ -123,13 +123,22 @@ def attention(config: PretrainedConfig) -> dict[int | None, float]:
     window = getattr(config, "sliding_window", None)
     alike = "full_attention" if window is None else "sliding_attention"
     types = getattr(config, "layer_types", None) or [alike] * config.num_hidden_layers
-    layers = Counter(window_of(kind, config) for kind in types if kind in ATTENTION)
+    found: Counter = Counter()
+    for number, kind in enumerate(types):
+        if kind in ATTENTION:
+            layer = config.per_layer_config[number]  # of Gemma 4, heads of some layers are wider
+            found[window_of(kind, layer)] += of_layer(layer)
+    return dict(found)
+
+
+def of_layer(config: PretrainedConfig) -> float:
+    """FLOPs of a pair of tokens in a layer."""
     heads = getattr(config, "num_attention_heads", None)
-    if not layers or not isinstance(heads, int):
-        return dict.fromkeys(layers, math.nan)
+    if not isinstance(heads, int):
+        return math.nan
     size = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
     values = getattr(config, "v_head_dim", None) or size
-    return {window: float(3 * 2 * heads * (size + values) * count) for window, count in layers.items()}
+    return float(3 * 2 * heads * (size + values))
 
 
 def window_of(kind: str, config: PretrainedConfig) -> int | None:
