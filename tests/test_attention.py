@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma2Config,
+    Gemma4TextConfig,
+    GPTJConfig,
     GptOssConfig,
     JambaConfig,
     Lfm2Config,
@@ -267,6 +270,27 @@ def test_it_compiles_with_graph_breaks():
     assert torch.allclose(found, expected, atol=CLOSE)
 
 
+def test_asking_for_the_kernel_breaks_no_graph(monkeypatch):
+    """On a machine that pretends to have a GPU: Dynamo cannot trace what is asked there."""
+
+    class Pretended:
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+        def empty(self, *shape, **how):
+            return torch.empty(shape)
+
+    monkeypatch.setattr(attention, "torch", Pretended())
+    monkeypatch.setattr(attention, "can_use_flash_attention", lambda params: True)
+    attention.kernel_runs.cache_clear()
+
+    def asking(x):
+        return x + 1 if attention.kernel_runs(torch.device("cuda"), torch.bfloat16, 64) else x
+
+    assert torch.compile(asking, backend="eager", fullgraph=True)(torch.zeros(1)).item() == 1
+    attention.kernel_runs.cache_clear()
+
+
 # On a GPU
 
 
@@ -443,6 +467,10 @@ SMALL = {"num_hidden_layers": 1, "vocab_size": 600}
         (9, (2,), PACKED, Gemma2Config(**TINY), "flash_attention_2", True),
         (9, (), PACKED, Gemma2Config(**TINY), "eager", False),
         (9, (2,), PACKED, GptOssConfig(**SMALL), "eager", False),
+        (9, (2,), {"bf16": True}, JambaConfig(**SMALL), "flash_attention_2", False),
+        (9, (2,), {"bf16": True}, Qwen3NextConfig(**SMALL), "flash_attention_2", False),
+        (9, (2,), {"bf16": True}, GPTJConfig(n_layer=1), "flash_attention_2", False),
+        (9, (2,), PACKED, Gemma4TextConfig(), "varlen", True),  # some of its heads are 512 wide
         (9, (), PACKED, MambaConfig(), "eager", False),
         (9, (), PACKED, Lfm2Config(**SMALL, layer_types=["conv"]), "sdpa", False),
         (0, (), {"packing": True}, QWEN, "varlen", True),
@@ -610,6 +638,18 @@ def test_rounding_is_told_from_leaking(name, leaks, dtype, leaky):
         first, others = differences(logits, documents([13, 16, 19, 22]), packed=how)
         assert sees(first, others, exact=dtype == torch.float32) == leaks
         assert first < 0.1
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("none", True), ("ieee", True), ("tf32", False)])
+def test_tf32_is_less_than_float32(monkeypatch, precision, expected):
+    """As `tf32: true` sets it (transformers 5.23), which `torch.get_float32_matmul_precision` cannot read."""
+    trainer = SimpleNamespace(args=SimpleNamespace(bf16=False, fp16=False), model=None)
+    before = torch.backends.fp32_precision
+    try:
+        torch.backends.fp32_precision = precision
+        assert isolation.exact(trainer) is expected
+    finally:
+        torch.backends.fp32_precision = before
 
 
 def test_documents_that_are_tried_differ_and_exceed_small_windows():

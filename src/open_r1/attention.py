@@ -74,16 +74,17 @@ def choose(model_args: "ModelConfig", training_args: "SFTConfig", config: Pretra
     said = (training_args.model_init_kwargs or {}).get("attn_implementation", model_args.attn_implementation) or AUTO
     kind, elsewhere = model_class(config), training_args.plan_processes is not None
     lack = not_for_varlen(config, kind)
+    apart = kind is not None and kind._supports_attention_backend and not mixes(config, kind)
     if said == VARLEN and lack:
         raise UserError(f"attn_implementation: varlen cannot be had: {lack}; use auto")
     if said != AUTO:
-        return Choice(said, "as the recipe says", said == VARLEN or "flash" in said)
+        return Choice(said, "as the recipe says", said == VARLEN or ("flash" in said and apart))
     if kind is None:
         return Choice(None, f"since {lack}", False)
     gpu, half = training_args.device.type == "cuda", computes_in_half(model_args, training_args, config)
     for name in ("flash_attention_3", "flash_attention_2") if gpu and half else ():
         if not not_for_flash(name, config, kind):
-            return Choice(name, "the best that is installed and fits the model", True)
+            return Choice(name, "the best that is installed and fits the model", apart)
     if lack:
         plain = kind._supports_sdpa and not softcap(config)
         return Choice("sdpa" if plain else "eager", f"since {lack}", False)
@@ -121,8 +122,10 @@ def softcap(config: PretrainedConfig) -> float | None:
 
 
 def head_width(config: PretrainedConfig) -> int:
-    """Width of a head's queries, 0 where the config does not say."""
+    """Width of a head's queries, of the widest layer; 0 where the config does not say."""
     text = config.get_text_config()
+    if text.is_heterogeneous:
+        return max(map(head_width, text.per_layer_config))
     if latent := getattr(text, "qk_nope_head_dim", None):
         return latent + (getattr(text, "qk_rope_head_dim", None) or 0)
     hidden, heads = getattr(text, "hidden_size", 0), getattr(text, "num_attention_heads", 0)
@@ -149,21 +152,28 @@ def not_for_flash(name: str, config: PretrainedConfig, kind: type[PreTrainedMode
     return ""
 
 
+def mixes(config: PretrainedConfig, kind: type[PreTrainedModel] | None) -> str:
+    """Why no attention alone keeps documents of a model apart, empty where one may."""
+    text = config.get_text_config()
+    if others := {*(getattr(text, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}:
+        return f"{text.model_type} has layers of {' and '.join(sorted(others))}"
+    if getattr(kind, "_is_stateful", False):
+        return f"layers of {text.model_type} carry a state from token to token"
+    return ""
+
+
 def not_for_varlen(config: PretrainedConfig, kind: type[PreTrainedModel] | None) -> str:
     """Why `varlen` is not for a model, empty where it is.
 
     It is for causal attention to whole documents or a sliding window of them, as `sdpa` can express it, in models that
     hand the lengths of documents down to their attention.
     """
-    text = config.get_text_config()
-    name = text.model_type
+    name = config.get_text_config().model_type
     if kind is None:
         return f"{name} comes with code of its own"
-    if others := {*(getattr(text, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}:
-        return f"{name} has layers of {' and '.join(sorted(others))}"
-    if getattr(kind, "_is_stateful", False):
-        return f"layers of {name} carry a state from token to token"
-    if config.is_encoder_decoder or not getattr(text, "is_causal", True):
+    if mixed := mixes(config, kind):
+        return mixed
+    if config.is_encoder_decoder or not getattr(config.get_text_config(), "is_causal", True):
         return f"{name} does not only look back"
     if softcap(config) or not kind._supports_sdpa:
         return f"{name} has attention (caps, sinks, biases) that scaled_dot_product_attention cannot express"
@@ -270,6 +280,7 @@ def working_dtype(query: torch.Tensor, value: torch.Tensor) -> torch.dtype:
 
 
 @lru_cache
+@torch.compiler.assume_constant_result  # else a compiled graph would break here in every layer
 def kernel_runs(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Whether PyTorch's flash kernel is to be had, with its gradient, for heads so wide."""
     if device.type != "cuda" or dtype not in HALF or width % 8:

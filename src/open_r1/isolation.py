@@ -72,7 +72,9 @@ def model_name(trainer: "OrderedTrainer") -> str:
 def exact(trainer: "OrderedTrainer") -> bool:
     """Whether the model computes in float32, and not in less."""
     half = trainer.args.bf16 or trainer.args.fp16 or getattr(trainer.model, "dtype", None) in HALF
-    return not half and torch.get_float32_matmul_precision() == "highest"
+    backends = torch.backends  # torch.get_float32_matmul_precision() raises once `tf32: true` has set one of these
+    said = {backends.fp32_precision, backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision}
+    return not half and said <= {"none", "ieee"}
 
 
 def sees(first: float, others: float, exact: bool) -> bool:
