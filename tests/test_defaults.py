@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import losses, settings
-from transformers import AutoConfig, Qwen3Config
+from transformers import AutoConfig, Gemma3nTextConfig, Qwen3Config
 
 from open_r1 import defaults
 from open_r1.configs import ModelConfig, SFTConfig
@@ -161,6 +161,15 @@ class TestCheckpointing:
             > plan_memory(config, "float32", ModelConfig(), args, 128, len_)["total"]
         )
 
+    def test_the_bound_takes_layers_of_different_widths(self):
+        config = Gemma3nTextConfig(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+        assert bound(arguments(), config, 128, config.vocab_size) > 0
+
+    def test_a_model_that_has_no_bound_keeps_it(self, monkeypatch):
+        monkeypatch.setattr(defaults, "bound", lambda *_: 1 / 0)
+        on, _, why = checkpointing(arguments(), ModelConfig(), LARGE, part(512), LARGE.vocab_size)
+        assert on and "ZeroDivisionError" in why
+
     def test_some_layers_reach_the_model(self, start, monkeypatch):
         monkeypatch.setattr(
             defaults, "checkpointing", lambda *_: (True, {"every_n_layers": 2, "use_reentrant": False}, "said")
@@ -204,10 +213,14 @@ class TestWorkers:
     def test_they_are_for_gpus_with_cores_to_spare(self, monkeypatch, device, cores, ranks, count):
         monkeypatch.setattr(defaults.os, "sched_getaffinity", lambda _: range(cores))
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-        args = SimpleNamespace(device=torch.device(device))
+        args = SimpleNamespace(device=torch.device(device), plan_processes=None)
         assert workers(args)[0] == count
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(cores))
         assert workers(args)[0] == 0
+
+    def test_of_machines_elsewhere_nothing_is_said(self):
+        count, why = workers(arguments(plan_processes=8, plan_gpu="H100"))
+        assert count == 0 and "elsewhere" in why
 
 
 def test_without_padding_the_same_is_learnt(start):

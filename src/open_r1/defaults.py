@@ -8,6 +8,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import psutil
 from transformers import PreTrainedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -77,8 +78,6 @@ def checkpointing(
     if capacity is None:
         return True, None, "the device is not known; plan_gpu says which it will be"
     longest = args.max_length if args.packing else int(train.lengths.max())
-    if bound(args, config, longest, vocabulary) < SURELY * capacity:
-        return False, None, f"all of it takes less than {SURELY:.0%} of {capacity / 2**30:,.0f} GiB"
 
     def needed(recompute: bool, every: int = 1) -> float:
         tried = copy.copy(args)
@@ -88,6 +87,8 @@ def checkpointing(
 
     unset_hf_deepspeed_config()  # else transformers builds every model in shards
     try:
+        if bound(args, config, longest, vocabulary) < SURELY * capacity:
+            return False, None, f"all of it takes less than {SURELY:.0%} of {capacity / 2**30:,.0f} GiB"
         kept = needed(False)
         how = f"keeping them takes {kept / 2**30:,.1f} GiB of {capacity / 2**30:,.0f} GiB by the plan"
         if kept < FITS * capacity:
@@ -117,7 +118,7 @@ def bound(args: "SFTConfig", config: PreTrainedConfig, longest: int, vocabulary:
     """Bytes that a step stays below: 128 a number of each layer's states, scores and logits, 16 a parameter."""
     text = config.get_text_config()
     hidden, layers = text.hidden_size, text.num_hidden_layers
-    inner = max(4 * hidden, getattr(text, "intermediate_size", None) or 0)
+    inner = max(4 * hidden, np.max(getattr(text, "intermediate_size", None) or 0).item())  # Gemma 3n: one a layer
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
     parameters = layers * (8 * hidden**2 + 3 * hidden * inner * experts) + 2 * vocabulary * hidden
     tokens = args.per_device_train_batch_size * longest
@@ -127,6 +128,8 @@ def bound(args: "SFTConfig", config: PreTrainedConfig, longest: int, vocabulary:
 
 def workers(args: "SFTConfig") -> tuple[int, str]:
     """How many processes make batches, and why."""
+    if args.plan_processes is not None:
+        return 0, "of machines elsewhere it is not known how many cores they have; the run settles it"
     if args.device.type == "cpu":
         return 0, "they would take the cores that train"
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
