@@ -5,6 +5,7 @@ Each is logged with its reason. All processes of a run settle the same, and so d
 
 import copy
 import logging
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -79,22 +80,24 @@ def checkpointing(
         return True, None, "the device is not known; plan_gpu says which it will be"
     longest = args.max_length if args.packing else int(train.lengths.max())
 
-    def needed(recompute: bool, every: int = 1) -> float:
+    def needed(recompute: bool, every: int = 1) -> dict[str, int]:
         tried = copy.copy(args)
         tried.activation_checkpointing = recompute
         tried.activation_checkpointing_kwargs = {"every_n_layers": every}
-        return plan_memory(config, weights_dtype(model_args, args), model_args, tried, longest, vocabulary)["total"]
+        return plan_memory(config, weights_dtype(model_args, args), model_args, tried, longest, vocabulary)
 
     unset_hf_deepspeed_config()  # else transformers builds every model in shards
     try:
         if bound(args, config, longest, vocabulary) < SURELY * capacity:
             return False, None, f"all of it takes less than {SURELY:.0%} of {capacity / 2**30:,.0f} GiB"
-        kept = needed(False)
+        plan = needed(False)
+        kept, layers = plan["total"], config.get_text_config().num_hidden_layers
         how = f"keeping them takes {kept / 2**30:,.1f} GiB of {capacity / 2**30:,.0f} GiB by the plan"
         if kept < FITS * capacity:
             return False, None, how
         for every in SELECTIVE:
-            if needed(True, every) < FITS * capacity:
+            spared = plan["activations"] * math.ceil(layers / every) / layers  # at most, and plans take seconds
+            if kept - spared < FITS * capacity and needed(True, every)["total"] < FITS * capacity:
                 return True, {"every_n_layers": every}, f"{how}; those of one layer in {every} are not kept"
         return True, None, how
     except Exception as error:  # an operation that knows no tensors without memory is no fault of the run
