@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Dense bfloat16 FLOP/s by the name that the driver gives a device, from NVIDIA's data sheets.
-
 
 def work_as_told() -> int:
     """Import everything, wait for a line on stdin, and do what it says."""

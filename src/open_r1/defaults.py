@@ -79,12 +79,13 @@ def checkpointing(
     if capacity is None:
         return True, None, "the device is not known; plan_gpu says which it will be"
     longest = args.max_length if args.packing else int(train.lengths.max())
+    dtype = weights_dtype(model_args, args)  # once: it may warn
 
     def needed(recompute: bool, every: int = 1) -> dict[str, int]:
         tried = copy.copy(args)
         tried.activation_checkpointing = recompute
         tried.activation_checkpointing_kwargs = {"every_n_layers": every}
-        return plan_memory(config, weights_dtype(model_args, args), model_args, tried, longest, vocabulary)
+        return plan_memory(config, dtype, model_args, tried, longest, vocabulary)
 
     unset_hf_deepspeed_config()  # else transformers builds every model in shards
     try:
