@@ -13,6 +13,7 @@ from transformers import AutoConfig, Gemma3nTextConfig, Qwen3Config
 from open_r1 import defaults
 from open_r1.configs import ModelConfig, SFTConfig
 from open_r1.defaults import bound, capacity_of, checkpointing, settle, workers
+from open_r1.finish import out_of_memory
 from open_r1.memory import plan_memory
 from open_r1.sft import main
 from open_r1.trainer import OrderedTrainer
@@ -206,6 +207,12 @@ class TestMemory:
         said = capsys.readouterr().err
         assert "step 1: the device's memory is full (CUDA out of memory); set activation_checkpointing: true" in said
         assert "per_device_train_batch_size: 2 with global_batch_size: 4, the same steps" in said
+
+    @pytest.mark.parametrize(("how", "offered"), [(None, False), ({"every_n_layers": 3}, True)])
+    def test_where_only_some_layers_are_computed_again_all_of_them_are_a_way(self, how, offered):
+        args = arguments(activation_checkpointing=True, activation_checkpointing_kwargs=how)
+        trainer = SimpleNamespace(args=args, order=SimpleNamespace(batch=8), state=SimpleNamespace(global_step=0))
+        assert ("activation_checkpointing: true" in out_of_memory(trainer, MemoryError("full"))) is offered
 
 
 class TestWorkers:
