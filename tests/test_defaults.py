@@ -166,6 +166,11 @@ class TestCheckpointing:
         config = Gemma3nTextConfig(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
         assert bound(arguments(), config, 128, config.vocab_size) > 0
 
+    def test_weights_as_they_are_stored_are_planned(self, monkeypatch, plans):
+        monkeypatch.setattr(defaults, "capacity_of", lambda args: int(plans[0] / 0.79))
+        on, _, why = checkpointing(arguments(), ModelConfig(dtype="auto"), LARGE, part(512), LARGE.vocab_size)
+        assert not on and "keeping them takes" in why
+
     def test_a_model_that_has_no_bound_keeps_it(self, monkeypatch):
         monkeypatch.setattr(defaults, "bound", lambda *_: 1 / 0)
         on, _, why = checkpointing(arguments(), ModelConfig(), LARGE, part(512), LARGE.vocab_size)

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from open_r1.memory import device_memory, plan_memory
-from open_r1.model import weights_dtype
+from open_r1.model import planned_dtype
 
 if TYPE_CHECKING:
     from open_r1.configs import ModelConfig, SFTConfig
@@ -79,7 +79,7 @@ def checkpointing(
     if capacity is None:
         return True, None, "the device is not known; plan_gpu says which it will be"
     longest = args.max_length if args.packing else int(train.lengths.max())
-    dtype = weights_dtype(model_args, args)  # once: it may warn
+    dtype = planned_dtype(config, model_args, args)  # once: it may warn
 
     def needed(recompute: bool, every: int = 1) -> dict[str, int]:
         tried = copy.copy(args)

@@ -62,9 +62,8 @@ def out_of_memory(trainer: "OrderedTrainer", error: Exception) -> str:
     """What to do about a device whose memory is full."""
     args, each = trainer.args, trainer.args.per_device_train_batch_size
     every = (args.activation_checkpointing_kwargs or {}).get("every_n_layers", 1)
-    ways = (
-        [] if args.activation_checkpointing and every == 1 else ["activation_checkpointing: true"]
-    )  # by default it may be of some layers
+    whole = args.activation_checkpointing and every == 1  # by default it may be of some layers
+    ways = [] if whole else ["activation_checkpointing: true"]
     if each > 1:
         size = trainer.order.batch
         ways.append(f"per_device_train_batch_size: {each // 2} with global_batch_size: {size}, the same steps")

@@ -240,6 +240,12 @@ def weights_dtype(model_args: "ModelConfig", training_args: "SFTConfig") -> str:
     return "bfloat16" if model_args.use_peft or training_args.deepspeed_plugin is not None else "float32"
 
 
+def planned_dtype(config: PreTrainedConfig, model_args: "ModelConfig", training_args: "SFTConfig") -> str:
+    """`weights_dtype`, and for `auto` that of the checkpoint."""
+    dtype = weights_dtype(model_args, training_args)
+    return str(config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
+
+
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Grow the embeddings to the tokenizer's length, new rows around the mean of the old; never shrink them."""
     if len(tokenizer) > model.config.get_text_config().vocab_size:

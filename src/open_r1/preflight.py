@@ -31,7 +31,7 @@ from open_r1.errors import UserError
 from open_r1.findings import LEVELS, Finding, as_text, has_errors
 from open_r1.memory import device_memory, plan_memory, state_bytes
 from open_r1.metrics import metric_names
-from open_r1.model import adapter_base, adapter_config, settle_generation, skeleton, weights_dtype
+from open_r1.model import adapter_base, adapter_config, planned_dtype, settle_generation, skeleton
 from open_r1.preparation import Part, Prepared
 
 if TYPE_CHECKING:
@@ -384,8 +384,7 @@ def plan_of(
         sizes = {name: (each.numel(), each.requires_grad) for name, each in model.named_parameters()}
         plan["parameters"] = sum(count for count, _ in sizes.values())
         plan["trained_parameters"] = sum(count for count, trained in sizes.values() if trained)
-        dtype = weights_dtype(model_args, args)
-        plan["dtype"] = str(config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
+        plan["dtype"] = planned_dtype(config, model_args, args)
         plan["checkpoints"] = kept_checkpoints(args, steps, per_epoch)
         plan["checkpoint_bytes"] = checkpoint_bytes(plan, model_args, args)
         plan["disk_bytes"] = plan["checkpoint_bytes"] * plan["checkpoints"] + model_bytes(plan, model_args)
