@@ -224,11 +224,14 @@ class TestWorkers:
     @pytest.mark.parametrize(("device", "cores", "ranks", "count"), [("cpu", 64, 1, 0), ("cuda", 16, 4, 2)])
     def test_they_are_for_gpus_with_cores_to_spare(self, monkeypatch, device, cores, ranks, count):
         monkeypatch.setattr(defaults.os, "sched_getaffinity", lambda _: range(cores))
+        monkeypatch.setattr(defaults.os, "cpu_count", lambda: cores)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         args = SimpleNamespace(device=torch.device(device), plan_processes=None)
         assert workers(args)[0] == count
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(cores))
         assert workers(args)[0] == 0
+        monkeypatch.setattr(defaults.os, "cpu_count", lambda: cores * cores)  # all of them are this process's
+        assert workers(args)[0] == (0 if device == "cpu" else 2)
 
     def test_of_machines_elsewhere_nothing_is_said(self):
         count, why = workers(arguments(plan_processes=8, plan_gpu="H100"))

@@ -15,7 +15,7 @@ from conftest import ROOT, losses, settings, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from open_r1.errors import UserError
-from open_r1.resuming import BATCH, FIXED, FREE, changed, compare, kind_of, launch_of
+from open_r1.resuming import BATCH, FIXED, FREE, changed, compare, kind_of, launch_of, require_same_run
 from open_r1.run_state import held, read_state, record, record_end
 from open_r1.schema import SCHEMA
 from open_r1.sft import main
@@ -283,6 +283,14 @@ class TestRefused:
         checkpoints.seal(half / "checkpoint-4", {name: digest for name, (_, digest) in files.items()}, seal)
         assert again() == 0
         assert "since checkpoint-4: torch: '1.0' -> " in caplog.text
+
+    def test_a_checkpoint_of_an_earlier_version(self, half):
+        path = sorted(half.glob("checkpoint-*"))[-1] / "progress_0.json"
+        progress = json.loads(path.read_text())
+        del progress["meter"]
+        path.write_text(json.dumps(progress))
+        with pytest.raises(UserError, match=f"{path.parent} was written by an earlier version"):
+            require_same_run(str(path.parent), {})
 
 
 class TestTakesEffect:

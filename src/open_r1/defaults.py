@@ -1,6 +1,6 @@
 """Defaults that make a run fast, settled when model, data and machine are known. What a recipe says stands.
 
-Each is logged with its reason. All processes of a run settle the same, and so does the same machine again.
+Each is logged with its reason. The first process settles for all of a run; the same machine settles the same again.
 """
 
 import copy
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -41,20 +42,41 @@ def settle(
     `by_document` says that attention tells rows laid end to end apart at no cost (`attention.Choice`), `vocabulary` is
     the number of the model's tokens.
     """
-    found: dict[str, tuple[Any, str]] = {"padding_free": padding_free(args, train, by_document)}
+    found = None
+    if args.process_index == 0:
+        found = choices(args, model_args, config, train, vocabulary, by_document)
+    [found] = broadcast_object_list([found])
+    for name, (value, why) in sorted(found.items()):
+        setattr(args, name, value)
+        if why:
+            logger.info("%s: %s by default: %s", name, str(value).lower(), why)
+    args.unsettled = set()
+
+
+def choices(
+    args: "SFTConfig",
+    model_args: "ModelConfig",
+    config: PreTrainedConfig,
+    train: "Part",
+    vocabulary: int,
+    by_document: bool,
+) -> dict[str, tuple[Any, str]]:
+    """What `args` leave open, each with its value and why (empty for what only goes with another)."""
+    found: dict[str, tuple[Any, str]] = {}
     if "padding_free" in args.unsettled:
+        found["padding_free"] = padding_free(args, train, by_document)
         args.padding_free = found["padding_free"][0]  # which memory depends on
     if "activation_checkpointing" in args.unsettled:
         value, how, why = checkpointing(args, model_args, config, train, vocabulary)
-        args.gradient_checkpointing = value  # upstream keeps the old names, too, and reads both
-        args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = how
         found["activation_checkpointing"] = value, why
-    found["dataloader_num_workers"] = workers(args)
-    for name in sorted(args.unsettled & found.keys()):
-        value, why = found[name]
-        setattr(args, name, value)
-        logger.info("%s: %s by default: %s", name, str(value).lower(), why)
-    args.unsettled = set()
+        found["activation_checkpointing_kwargs"] = how, ""
+        found |= {  # upstream keeps the old names, too, and reads both
+            "gradient_checkpointing": (value, ""),
+            "gradient_checkpointing_kwargs": (how, ""),
+        }
+    if "dataloader_num_workers" in args.unsettled:
+        found["dataloader_num_workers"] = workers(args)
+    return found
 
 
 def padding_free(args: "SFTConfig", train: "Part", by_document: bool) -> tuple[bool, str]:
@@ -136,7 +158,9 @@ def workers(args: "SFTConfig") -> tuple[int, str]:
         return 0, "of machines elsewhere it is not known how many cores they have; the run settles it"
     if args.device.type == "cpu":
         return 0, "they would take the cores that train"
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cores == os.cpu_count():  # else the launcher has given this process cores of its own
+        cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if cores < CORES:
-        return 0, f"{cores} cores for each GPU leave none to spare"
+        return 0, f"{cores} of the cores for each GPU leave none to spare"
     return WORKERS, "the GPU waits for no batch"

@@ -176,6 +176,7 @@ class Meter:
         self.tested = metric_names(tested.sources) if tested is not None else []
         self.lengths, self.flops = part.lengths, flops_of_rows(work, part.rows, part.lengths)
         self.work, self.peak, self.device, self.gather = work, peak, device, gather
+        self.exact = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs have not
         self.processes = 1
         self.clock = Clock(device)
         self.total = Tally(np.zeros(len(COUNTS)), np.zeros((2, len(self.names) + 1)), dict.fromkeys(KINDS, 0.0))
@@ -187,14 +188,14 @@ class Meter:
     def begin_window(self) -> None:
         """Count anew what the next log says."""
         self.counts, self.steps = np.zeros(len(COUNTS)), 0
-        self.sums = torch.zeros(2, len(self.names) + 1, dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(2, len(self.names) + 1, dtype=self.exact, device=self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def begin_evaluation(self) -> None:
         """Count anew what an evaluation says: by source, and entropy and right guesses of all."""
-        self.evaluated = torch.zeros(2, len(self.tested) + 1, dtype=torch.float64, device=self.device)
-        self.guesses = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.evaluated = torch.zeros(2, len(self.tested) + 1, dtype=self.exact, device=self.device)
+        self.guesses = torch.zeros(2, dtype=self.exact, device=self.device)
 
     def read(self, batches: list[dict[str, Any]], rows: np.ndarray) -> None:
         """Count the batches of a step, which hold these rows."""
@@ -207,14 +208,14 @@ class Meter:
 
         In an evaluation rows that only fill a batch are of the source behind the last one, which nobody reads.
         """
-        sources, labels = sources[:, 1:].flatten(), outputs.label_mask.flatten().double()
+        sources, labels = sources[:, 1:].flatten(), outputs.label_mask.flatten().to(self.exact)
         sums = self.sums if training else self.evaluated
-        sums[0].index_add_(0, sources, -outputs.log_probs.detach().flatten().double())
+        sums[0].index_add_(0, sources, -outputs.log_probs.detach().flatten().to(self.exact))
         sums[1].index_add_(0, sources, labels)
         if not training:
             counted = sources < len(self.tested)
             each = torch.stack([outputs.entropy.detach().flatten(), outputs.is_top1.flatten()])
-            self.guesses += (each.double() * counted).sum(dim=1)
+            self.guesses += (each.to(self.exact) * counted).sum(dim=1)
 
     def memory(self) -> float:
         """The most bytes of the device that were taken in this window; of a CPU's memory by the process, ever."""
@@ -228,7 +229,7 @@ class Meter:
     def close_window(self) -> Tally:
         """What was done since the last log, by all processes; it is added to what was done in all."""
         mine = [*self.counts.tolist(), self.memory()]
-        mine = torch.cat([torch.tensor(mine, dtype=torch.float64, device=self.device), self.sums.flatten()])
+        mine = torch.cat([torch.tensor(mine, dtype=self.exact, device=self.device), self.sums.flatten()])
         each = self.gather(mine[None]).cpu().numpy()
         self.processes, size = len(each), len(COUNTS)
         counts, sums = each[:, :size].sum(axis=0), each[:, size + 1 :].sum(axis=0).reshape(2, -1)
@@ -300,7 +301,7 @@ class Meter:
         self.begin_window()
         for each in mine:
             self.counts += each["counts"]
-            self.sums += torch.from_numpy(self.placed(each["sums"], one["names"])).to(self.device)
+            self.sums += torch.from_numpy(self.placed(each["sums"], one["names"])).to(self.device, self.exact)
         self.steps, total = one["steps"], one["total"]
         self.total = Tally(**{**total, "counts": np.array(total["counts"])})
         self.total.sums = self.placed(total["sums"], one["names"])

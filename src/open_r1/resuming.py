@@ -230,6 +230,11 @@ def require_same_run(checkpoint: str, now: dict[str, Any]) -> dict[str, Any]:
     change.
     """
     before = read_seal(Path(checkpoint))
+    if "meter" not in json.loads((Path(checkpoint) / "progress_0.json").read_text(encoding="utf-8")):
+        raise UserError(
+            f"{checkpoint} was written by an earlier version, which did not measure what this one goes on with; end "
+            "the run with that version, or choose another output_dir and start from the model of the checkpoint"
+        )
     settings = {**before["defaults"], **before["settings"]}
     allowed = set(now["settings"].get("allow_changes") or [])
     notes = compare(settings, now["settings"], checkpoint)
