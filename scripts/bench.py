@@ -223,14 +223,19 @@ def train(bench: Bench) -> list[Cell]:
 
 
 def overhead(bench: Bench) -> list[Cell]:
-    """What ours adds to a tiny model's step, all metrics included: beside `trl sft` with the same flags."""
+    """What ours adds to a tiny model's step, all metrics included: beside `trl sft` with the same flags.
+
+    Both with SDPA, else what `varlen` saves would hide it.
+    """
     model, shape = next(iter(bench.scale.shapes.items()))
     write_inputs(bench.work, {model: shape}, bench.scale.rows, LONGEST)
     steps = bench.scale.overhead_steps
     return [
         Cell(
             {"model": model, "logging_steps": every, "side": side},
-            lambda side=side, every=every: trained(bench, model, side, steps, {"logging_steps": every}),
+            lambda side=side, every=every: trained(
+                bench, model, side, steps, {"logging_steps": every, "attn_implementation": "sdpa"}
+            ),
         )
         for every in (10, 1)
         for side in ("ours", "tuned")
