@@ -341,6 +341,10 @@ def test_no_run_is_a_users_mistake(tmp_path):
 
 
 class TestDuringTheRun:
+    @pytest.fixture(autouse=True)
+    def at_once(self, monkeypatch):
+        monkeypatch.setattr(Report, "FIRST", 0.0)
+
     def test_it_is_there_while_the_run_trains(self, argv, tmp_path, monkeypatch):
         seen = []
         write = report.write

@@ -37,12 +37,13 @@ PUSHED = [
 class Report(TrainerCallback):
     """Write `report.html` while a run trains, at its logs, evaluations and saves, and count what the run costs.
 
-    Of the run's time the page takes one per cent at most, and it is not written more often than every 30 seconds.
+    Of the run's time the page takes one per cent at most: it is written when a minute has passed, since its imports
+    take half a second, and then not more often than every 30 seconds.
     `device_seconds` in `run_state.json` are those of all devices by their name, of all starts, 10 seconds old at most
     where a run is killed.
     """
 
-    SHARE, PAUSE, COUNTED = 0.01, 30.0, 10.0
+    SHARE, FIRST, PAUSE, COUNTED = 0.01, 60.0, 30.0, 10.0
 
     def __init__(self) -> None:
         self.due = self.counts = 0.0
@@ -50,6 +51,7 @@ class Report(TrainerCallback):
 
     def on_train_begin(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Go on with what earlier starts have cost."""
+        self.due = time.monotonic() + self.FIRST
         if state.is_world_process_zero:
             self.before = read_state(args.output_dir).get("device_seconds") or {}
 
