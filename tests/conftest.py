@@ -147,6 +147,24 @@ def cluster(tmp_path_factory):
         subprocess.run(["bash", script, "down", folder], check=True)
 
 
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Make a run die behind the save of a step."""
+    from transformers.trainer_callback import CallbackHandler
+
+    on_step_begin = CallbackHandler.on_step_begin
+
+    def arm(step):
+        def die(self, args, state, control):
+            if state.global_step == step:
+                raise KeyboardInterrupt
+            return on_step_begin(self, args, state, control)
+
+        monkeypatch.setattr(CallbackHandler, "on_step_begin", die if step else on_step_begin)
+
+    return arm
+
+
 def write_jsonl(path, rows):
     """Write rows as JSON lines; returns the path as text."""
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

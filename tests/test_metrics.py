@@ -16,7 +16,6 @@ from accelerate.data_loader import BatchSamplerShard
 from conftest import settings, write_jsonl
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import AutoModelForCausalLM, TrainerCallback
-from transformers.trainer_callback import CallbackHandler
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from open_r1 import metrics
@@ -323,22 +322,6 @@ class TestTheFile:
         assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 1, 2]
         cut_back_metrics(path, 0, [])
         assert path.read_text() == ""
-
-
-@pytest.fixture
-def stop_at(monkeypatch):
-    """Make a run die when a step has ended."""
-    on_step_begin = CallbackHandler.on_step_begin
-
-    def arm(step):
-        def die(self, args, state, control):
-            if state.global_step == step:
-                raise KeyboardInterrupt
-            return on_step_begin(self, args, state, control)
-
-        monkeypatch.setattr(CallbackHandler, "on_step_begin", die if step else on_step_begin)
-
-    return arm
 
 
 def untimed(lines):

@@ -11,7 +11,6 @@ from accelerate.data_loader import BatchSamplerShard
 from conftest import losses, settings
 from datasets import Dataset
 from torch.utils.data import BatchSampler
-from transformers.trainer_callback import CallbackHandler
 
 from open_r1.configs import accumulation_steps
 from open_r1.errors import Stopped
@@ -298,22 +297,6 @@ class TestARun:
 
     def test_rows_are_prefetched_by_workers(self, run):
         assert run("here")[0] == run("workers", dataloader_num_workers=1)[0]
-
-
-@pytest.fixture
-def stop_at(monkeypatch):
-    """Make a run die behind the save of a step."""
-    on_step_begin = CallbackHandler.on_step_begin
-
-    def arm(step):
-        def die(self, args, state, control):
-            if state.global_step == step:
-                raise KeyboardInterrupt
-            return on_step_begin(self, args, state, control)
-
-        monkeypatch.setattr(CallbackHandler, "on_step_begin", die if step else on_step_begin)
-
-    return arm
 
 
 class TestResume:

@@ -42,31 +42,12 @@ def settle(
     `by_document` says that attention tells rows laid end to end apart at no cost (`attention.Choice`), `vocabulary` is
     the number of the model's tokens.
     """
-    found = None
-    if args.process_index == 0:
-        found = choices(args, model_args, config, train, vocabulary, by_document)
-    [found] = broadcast_object_list([found])
-    for name, (value, why) in sorted(found.items()):
-        setattr(args, name, value)
-        if why:
-            logger.info("%s: %s by default: %s", name, str(value).lower(), why)
-    args.unsettled = set()
-
-
-def choices(
-    args: "SFTConfig",
-    model_args: "ModelConfig",
-    config: PreTrainedConfig,
-    train: "Part",
-    vocabulary: int,
-    by_document: bool,
-) -> dict[str, tuple[Any, str]]:
-    """What `args` leave open, each with its value and why (empty for what only goes with another)."""
-    found: dict[str, tuple[Any, str]] = {}
-    if "padding_free" in args.unsettled:
+    asked = args.unsettled if args.process_index == 0 else set()
+    found: dict[str, tuple[Any, str]] = {}  # values, and why: empty for what only goes with another
+    if "padding_free" in asked:
         found["padding_free"] = padding_free(args, train, by_document)
         args.padding_free = found["padding_free"][0]  # which memory depends on
-    if "activation_checkpointing" in args.unsettled:
+    if "activation_checkpointing" in asked:
         value, how, why = checkpointing(args, model_args, config, train, vocabulary)
         found["activation_checkpointing"] = value, why
         found["activation_checkpointing_kwargs"] = how, ""
@@ -74,9 +55,14 @@ def choices(
             "gradient_checkpointing": (value, ""),
             "gradient_checkpointing_kwargs": (how, ""),
         }
-    if "dataloader_num_workers" in args.unsettled:
+    if "dataloader_num_workers" in asked:
         found["dataloader_num_workers"] = workers(args)
-    return found
+    [found] = broadcast_object_list([found])
+    for name, (value, why) in sorted(found.items()):
+        setattr(args, name, value)
+        if why:
+            logger.info("%s: %s by default: %s", name, str(value).lower(), why)
+    args.unsettled = set()
 
 
 def padding_free(args: "SFTConfig", train: "Part", by_document: bool) -> tuple[bool, str]:
