@@ -11,7 +11,7 @@ import psutil
 from huggingface_hub import HfApi
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 
-from open_r1.card import hardware
+from open_r1.card import device_of, hardware
 from open_r1.errors import UserError
 from open_r1.generations import Answers, Prompt
 from open_r1.live import shown
@@ -74,8 +74,7 @@ class Report(TrainerCallback):
 
     def count(self, args: "SFTConfig") -> None:
         """Add the seconds since this process began, times the processes, to those of earlier starts."""
-        here = hardware(args.world_size)
-        device = here["gpu"] or f"CPU ({here['machine']})"
+        device = device_of(hardware(args.world_size))
         seconds = (time.time() - psutil.Process().create_time()) * args.world_size
         spent = {**self.before, device: round(self.before.get(device, 0.0) + seconds, 1)}
         record(args.output_dir, durable=False, device_seconds=spent)

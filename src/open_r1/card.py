@@ -143,6 +143,11 @@ def hardware(processes: int) -> dict[str, Any]:
     }
 
 
+def device_of(hardware: dict[str, Any]) -> str:
+    """What each process computes on, in words."""
+    return hardware["gpu"] or f"CPU ({hardware['machine']})"
+
+
 def write_card(output_dir: str) -> None:
     """Write the model card, `README.md`, from `manifest.json` of the same directory."""
     out = Path(output_dir)
@@ -172,7 +177,7 @@ def write_card(output_dir: str) -> None:
     }
     hardware, code = manifest["hardware"], manifest["code"]
     written_by = code.get("commit", "unknown") + (" with changes" if code.get("changed") else "")
-    machine = hardware["gpu"] or f"CPU ({hardware['machine']})"
+    machine = device_of(hardware)
     text = f"""---
 {about.to_yaml()}
 ---
