@@ -73,7 +73,7 @@ bench-gpu: .venv/installed ## Measure training beside trl sft on one GPU, in ten
 	$(RUN) python scripts/bench.py gpu $(ARGS) && $(RUN) python scripts/bench.py table
 
 test: .venv/installed ## Tests that need no GPU and no network, under 12 minutes on 2 cores
-	$(RUN) python -m pytest $(ARGS)
+	$(RUN) python -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-slow: .venv/installed-deepspeed ## Tests that launch ZeRO, kill runs and take longer
 	$(RUN) python -m pytest -o addopts= -q tests/slow $(ARGS)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, settings
+from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback
 
 from open_r1 import live
@@ -59,6 +60,7 @@ def on_terminal(monkeypatch):
         return stream
 
     logger = logging.getLogger("open_r1")
+    monkeypatch.setattr(Console, "_environ", os.environ)  # datasets' `map` puts a copy in its place
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.delenv("NO_COLOR", raising=False)
