@@ -79,6 +79,7 @@ def run(side: str, settings: dict[str, Any], out: Path, steps: int, cache: Path,
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": threads(),
     }
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # pip compiled stock's; ours would be compiled at each start
     with (out / "log.txt").open("w") as log:
         started = time.time()
         process = subprocess.Popen(

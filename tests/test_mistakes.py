@@ -77,6 +77,7 @@ OTHERS = {
     "load_best_model_at_end: true": "save_strategy (steps) and eval_strategy (no) the same",
     "packing: true\nmax_length: null": "packing needs max_length",
     "eval_packing: true": "eval_packing without packing",
+    "dataloader_prefetch_factor: 4": "set dataloader_num_workers, too",
     "supervision: full\nassistant_only_loss: true": "keep supervision",
     "callbacks: [push_to_hub_revision]": "push_to_hub_revision needs hub_model_id",
     "env: {LD_PRELOAD: evil.so}": "env.LD_PRELOAD is not a setting",

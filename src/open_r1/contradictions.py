@@ -230,6 +230,11 @@ def of_batches(recipe: "Recipe") -> Iterator[str]:
             f"{origin['auto_find_batch_size']}: auto_find_batch_size changes the rows of a step, and trains some "
             "twice; leave it out: --dry_run says what fits"
         )
+    if values.get("dataloader_prefetch_factor") is not None and not values.get("dataloader_num_workers"):
+        yield (
+            f"{origin['dataloader_prefetch_factor']}: dataloader_prefetch_factor is what each worker reads ahead; set "
+            "dataloader_num_workers, too"
+        )
     if values.get("train_sampling_strategy") == "batch_rebalance":
         yield (
             f"{origin['train_sampling_strategy']}: batch_rebalance makes the order of rows depend on the number of "

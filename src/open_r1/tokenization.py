@@ -317,7 +317,7 @@ def render_conversation(
     if how.supervision in ("full", "template"):
         require_all(messages[given:], turns, how.supervision)
     if how.supervision == "full":
-        text = template.render(messages, **kwargs)
+        text = template.render_plain(messages) if plain else template.render(messages, **kwargs)
         renderings = [(text, [(0, len(text))])]
     elif not turns:
         raise ValueError("no assistant turn to learn from; add one, or set supervision: full")

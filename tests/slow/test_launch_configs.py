@@ -79,6 +79,16 @@ def test_every_config_has_the_losses_of_one_process(config, peft, packing, input
 
 
 @pytest.mark.parametrize("config", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+def test_activations_that_are_computed_again_change_no_loss(config, peft, inputs, alone, tmp_path):
+    if (peft, False) not in alone:
+        run(None, inputs(None, tmp_path / "alone", peft=peft))
+        alone[peft, False] = losses(tmp_path / "alone")
+    run(config, inputs(config, tmp_path / "run", peft=peft, activation_checkpointing=True))
+    assert losses(tmp_path / "run") == pytest.approx(alone[peft, False], abs=CLOSE)
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_answers_to_sample_prompts_change_nothing(config, inputs, tmp_path):
     """All processes answer together under ZeRO-3, else the first alone; what it costs is no loss and no time-out."""
     values = {"max_steps": 6, "sample_steps": 2, "sample_tokens": 8, "activation_checkpointing": True}
