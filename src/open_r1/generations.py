@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from trl.models.utils import unwrap_model_for_generation
 
 from open_r1.errors import UserError
 from open_r1.formats import check_turns, message_of
 from open_r1.handover import as_set, greedy_answer
+from open_r1.isolation import undisturbed
 from open_r1.resuming import launch_of
 from open_r1.views import visible
 
@@ -158,18 +158,15 @@ def to_generate(trainer: "OrderedTrainer") -> Iterator[PreTrainedModel]:
     shown any; in evaluation mode nothing is checkpointed anyway.
     """
     model, accelerator = trainer.model, trainer.accelerator
-    modes = [(module, module.training) for module in model.modules()]
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     sharded = launch_of(trainer.args) == "zero3"
-    model.eval()
     for module in checkpointed:
         module.gradient_checkpointing = False
     try:
-        whole = unwrap_model_for_generation(trainer.model_wrapped, accelerator) if sharded else None
-        with whole or contextlib.nullcontext(accelerator.unwrap_model(model)) as unwrapped, torch.no_grad():
-            yield unwrapped
+        with undisturbed(model, trainer.args.device):
+            whole = unwrap_model_for_generation(trainer.model_wrapped, accelerator) if sharded else None
+            with whole or contextlib.nullcontext(accelerator.unwrap_model(model)) as unwrapped:
+                yield unwrapped
     finally:
-        for module, training in modes:
-            module.training = training
         for module in checkpointed:
             module.gradient_checkpointing = True
