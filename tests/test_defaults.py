@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import losses, settings
-from transformers import AutoConfig, Gemma3nTextConfig, Qwen3Config
+from transformers import AutoConfig, Gemma3nTextConfig, GPT2Config, Qwen3Config
 
 from open_r1 import defaults
 from open_r1.configs import ModelConfig, SFTConfig
@@ -154,13 +154,23 @@ class TestCheckpointing:
         on, _, why = settled(2**30)
         assert on and "ZeroDivisionError" in why
 
-    def test_the_bound_is_one(self, plans, config):
-        assert bound(arguments(), LARGE, 512, LARGE.vocab_size) > plans[0]
-        args = arguments(activation_checkpointing=False)
-        assert (
-            bound(args, config, 128, len_ := config.vocab_size)
-            > plan_memory(config, "float32", ModelConfig(), args, 128, len_)["total"]
+    def test_the_bound_is_one(self, plans):
+        assert bound(arguments(), LARGE, 512, LARGE.vocab_size) > 1.5 * plans[0]
+
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    @pytest.mark.parametrize("values", [{}, {"padding_free": True}, {"label_smoothing_factor": 0.1}])
+    @pytest.mark.parametrize("shape", [(8, 128), (2, 1024)])
+    @pytest.mark.parametrize("kind", [Qwen3Config, GPT2Config])
+    def test_the_bound_is_one_for_small_models(self, kind, shape, values, attention):
+        sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": 1000}
+        config = kind(
+            **sizes,
+            **({"head_dim": 128, "num_key_value_heads": 4, "intermediate_size": 256} if kind is Qwen3Config else {}),
         )
+        args = arguments(activation_checkpointing=False, per_device_train_batch_size=shape[0], **values)
+        model_args = ModelConfig(attn_implementation=attention)
+        found = plan_memory(config, "float32", model_args, args, shape[1], config.vocab_size)["total"]
+        assert bound(args, config, shape[1], config.vocab_size) > 1.5 * found
 
     def test_the_bound_takes_layers_of_different_widths(self):
         config = Gemma3nTextConfig(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])

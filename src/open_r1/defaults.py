@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 FITS = 0.8  # of a device's memory: plans are within 15 % of what a run takes, and something stays free
-SURELY = 0.1  # of it, by a bound that takes no measuring
+SURELY = 0.4  # of it, by a bound that takes no measuring
+TILE = (4096, 8192)  # tokens and vocabulary of which the fused head makes logits at once (trl 1.16), or all of it
 SELECTIVE = (3, 2)  # of so many layers one is computed again
 WORKERS, CORES = 2, 4  # for a GPU, where each has so many cores
 
@@ -127,7 +128,7 @@ def capacity_of(args: "SFTConfig") -> int | None:
 
 
 def bound(args: "SFTConfig", config: PreTrainedConfig, longest: int, vocabulary: int) -> int:
-    """Bytes that a step stays below: 128 a number of each layer's states, scores and logits, 16 a parameter."""
+    """Bytes that a step stays below: 128 a number of each layer's states, 32 a score, 64 a logit, 16 a parameter."""
     text = config.get_text_config()
     hidden, layers = text.hidden_size, text.num_hidden_layers
     inner = max(4 * hidden, np.max(getattr(text, "intermediate_size", None) or 0).item())  # Gemma 3n: one a layer
@@ -135,7 +136,8 @@ def bound(args: "SFTConfig", config: PreTrainedConfig, longest: int, vocabulary:
     parameters = layers * (8 * hidden**2 + 3 * hidden * inner * experts) + 2 * vocabulary * hidden
     tokens = args.per_device_train_batch_size * longest
     scores = (getattr(text, "num_attention_heads", None) or 1) * longest
-    return tokens * 128 * (layers * (hidden + inner + scores) + vocabulary) + 16 * parameters
+    logits = (tokens if args.label_smoothing_factor else min(tokens, TILE[0])) * max(vocabulary, TILE[1])
+    return tokens * layers * (128 * (hidden + inner) + 32 * scores) + 64 * logits + 16 * parameters
 
 
 def workers(args: "SFTConfig") -> tuple[int, str]:
