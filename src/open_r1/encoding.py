@@ -199,16 +199,17 @@ def ranges_in(pieces: list[Piece], bounds: np.ndarray, before: np.ndarray) -> li
     """
     counts = [len(piece.spans) for piece in pieces]
     starts = np.repeat(bounds[:-1], counts)
-    spans = np.array([span for piece in pieces for span in in_bytes(piece)], dtype=np.int64).reshape(-1, 2)
-    begins, stops = (spans + before[starts][:, None]).T
+    flat = chain.from_iterable(chain.from_iterable(map(in_bytes, pieces)))
+    begins, stops = (np.fromiter(flat, np.int64).reshape(-1, 2) + before[starts][:, None]).T
     first = np.searchsorted(before[1:], begins, "right")
     last = np.searchsorted(before[1:], stops - 1, "right") + 1
-    clear = (before[first] == begins).tolist()
-    found = list(zip((first - starts).tolist(), (last - starts).tolist(), strict=True))
-    for empty in np.flatnonzero(begins == stops).tolist():
-        found[empty], clear[empty] = (0, 0), True
-    ends = np.cumsum([0, *counts]).tolist()
-    return [found[at:end] if all(clear[at:end]) else None for at, end in zip(ends, ends[1:], strict=False)]
+    empty = begins == stops
+    clear = (before[first] == begins) | empty
+    found = list(map(tuple, np.where(empty, 0, [first - starts, last - starts]).T.tolist()))
+    ends, all_clear, clear = np.cumsum([0, *counts]).tolist(), clear.all(), clear.tolist()
+    return [
+        found[at:end] if all_clear or all(clear[at:end]) else None for at, end in zip(ends, ends[1:], strict=False)
+    ]
 
 
 def in_bytes(piece: Piece) -> list[tuple[int, int]]:
