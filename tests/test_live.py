@@ -237,46 +237,52 @@ def test_a_run_that_fails_leaves_the_terminal_as_it_was(tiny_model, chat_file, t
     assert "step 0/2" in said and said.rfind("\x1b[?25h") > said.rfind("\x1b[?25l")
 
 
-def test_ctrl_c_in_a_real_terminal(tiny_model, chat_file, tmp_path):
-    """One saves and stops the run; what follows it stands on lines of its own, and the terminal is as it was."""
-    argv = settings(
-        model_name_or_path=tiny_model,
-        dataset_name=chat_file,
-        output_dir=tmp_path / "run",
-        disable_tqdm=None,
-        max_steps=100_000,
-        logging_steps=100,
-    )
-    ours, theirs = pty.openpty()
-    before = termios.tcgetattr(theirs)
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200", "PYTHONPATH": f"{ROOT}/src"}
-    process = subprocess.Popen(
-        [sys.executable, "src/open_r1/sft.py", *argv],
-        cwd=ROOT,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=environment,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background job ignores
-    )
-    said, until = b"", time.monotonic() + 300
-    try:
-        while process.poll() is None and time.monotonic() < until:
-            if select.select([ours], [], [], 0.2)[0]:
-                said += os.read(ours, 65536)
-            if b"loss " in said and b" left" in said:
-                process.send_signal(signal.SIGINT)
-                break
-        while process.poll() is None and time.monotonic() < until:
-            if select.select([ours], [], [], 0.2)[0]:
-                said += os.read(ours, 65536)
-        while select.select([ours], [], [], 0.2)[0]:
-            said += os.read(ours, 65536)
-    finally:
+@pytest.fixture
+def in_terminal(tiny_model, chat_file, tmp_path):
+    """Start a run in a terminal of its own, which it does not control; returns the process and both ends of that."""
+    started = []
+
+    def in_terminal(**values):
+        common = {"model_name_or_path": tiny_model, "dataset_name": chat_file, "output_dir": tmp_path / "run"}
+        argv = settings(**common, disable_tqdm=None, **values)
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, "src/open_r1/sft.py", *argv],
+            cwd=ROOT,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "200", "PYTHONPATH": f"{ROOT}/src"},
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background job ignores
+        )
+        started.append(process)
+        return process, ours, theirs
+
+    yield in_terminal
+    for process in started:
         process.kill()
         process.wait()
-    text = said.decode()
+
+
+def read_until(process, ours, *said, seconds=300):
+    """What a terminal shows until all of `said` stands there, or the process has ended."""
+    shown, until = b"", time.monotonic() + seconds
+    while time.monotonic() < until and not (said and all(each in shown for each in said)):
+        if select.select([ours], [], [], 0.2)[0]:
+            shown += os.read(ours, 65536)
+        elif process.poll() is not None:
+            break
+    return shown.decode()
+
+
+def test_ctrl_c_in_a_real_terminal(in_terminal, tmp_path):
+    """One saves and stops the run; what follows it stands on lines of its own, and the terminal is as it was."""
+    process, ours, theirs = in_terminal(max_steps=100_000, logging_steps=100)
+    before = termios.tcgetattr(theirs)
+    text = read_until(process, ours, b"loss ", b" left")
+    process.send_signal(signal.SIGINT)
+    text += read_until(process, ours)
     assert process.returncode == 75, text[-2000:]
     assert termios.tcgetattr(theirs) == before
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l")
@@ -293,3 +299,16 @@ def test_ctrl_c_in_a_real_terminal(tiny_model, chat_file, tmp_path):
     assert "preempted" in (tmp_path / "run" / "report.html").read_text().partition("<main>")[0]
     os.close(ours)
     os.close(theirs)
+
+
+def test_a_terminal_that_goes_leaves_the_run_alone(in_terminal, tmp_path):
+    """As where a connection breaks: the run trains on, saves its model, and ends as any other."""
+    process, ours, theirs = in_terminal(max_steps=200, logging_steps=10)
+    read_until(process, ours, b"loss ", b" left")
+    assert process.poll() is None
+    os.close(theirs)
+    os.close(ours)
+    assert process.wait(300) == 0
+    state = json.loads((tmp_path / "run" / "run_state.json").read_text())
+    assert (state["status"], state["global_step"]) == ("complete", 200)
+    assert (tmp_path / "run" / "model.safetensors").exists()

@@ -19,6 +19,7 @@ from open_r1.faults import watch
 from open_r1.findings import Finding, as_text, has_errors
 from open_r1.generations import Answers
 from open_r1.handover import answers, parameters, verify
+from open_r1.live import leave_terminals_that_are_gone
 from open_r1.processes import Agreed
 from open_r1.recipe import Recipe
 from open_r1.stopping import Preempted
@@ -192,6 +193,7 @@ def prompts_of(rows: "Dataset", count: int = 2, longest: int = 512) -> list[list
 
 def summarize(trainer: SFTTrainer) -> None:
     """Five lines: what was done, what came out, and where everything is."""
+    leave_terminals_that_are_gone()
     out, history = Path(trainer.args.output_dir), trainer.state.log_history
     seconds = round(sum(entry.get("train_runtime", 0) for entry in history))
     beside = sorted(

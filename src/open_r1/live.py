@@ -3,9 +3,13 @@
 It takes the place of the trainer's progress bar and of its printed dictionaries, on the main process alone.
 """
 
+import contextlib
 import logging
+import os
+import stat
 import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -111,8 +115,9 @@ class Display(TrainerCallback):
             redirect_stdout=sys.stdout.isatty(),
             redirect_stderr=True,
         )
-        self.live.start()
-        console.show_cursor(True)  # a process that is killed must not leave a terminal without one
+        with self.as_long_as_it_is_there():
+            self.live.start()
+            console.show_cursor(True)  # a process that is killed must not leave a terminal without one
         for handler in handlers_to(before):
             self.handlers.append((handler, handler.setStream(sys.stderr)))
         self.draw(state)
@@ -124,13 +129,24 @@ class Display(TrainerCallback):
             handler.setStream(stream)
         self.handlers.clear()
         if live is not None:
-            live.stop()
+            with self.as_long_as_it_is_there():
+                live.stop()
 
     def draw(self, state: TrainerState) -> None:
         """Draw the panel, at most twice a second."""
         if self.live is not None and time.monotonic() - self.drawn > REDRAWN:
             self.drawn = time.monotonic()
-            self.live.update(self.panel(state), refresh=True)
+            with self.as_long_as_it_is_there():
+                self.live.update(self.panel(state), refresh=True)
+
+    @contextlib.contextmanager
+    def as_long_as_it_is_there(self) -> Iterator[None]:
+        """A terminal that goes (a window is closed, a connection breaks) takes the panel with it, and not the run."""
+        try:
+            yield
+        except OSError:
+            leave_terminals_that_are_gone()
+            self.close()
 
     def panel(self, state: TrainerState) -> Group:
         """Two lines: how far it is, and the last numbers that were logged."""
@@ -141,6 +157,16 @@ class Display(TrainerCallback):
         if self.evaluated:
             said.append(f"evaluating {self.evaluated:,}{f'/{self.batches:,}' if self.batches else ''}")
         return Group(grid, Text("  ".join(said), no_wrap=True, overflow="ellipsis", style="dim"))
+
+
+def leave_terminals_that_are_gone() -> None:
+    """Let what is said to them go nowhere: each line of it, and the last flush of all, would fail the run."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # closed by whoever started this
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
 
 
 def numbers(logs: dict[str, Any]) -> list[str]:
