@@ -117,9 +117,26 @@ class TestWhen:
         assert not (tmp_path / "run" / "samples.jsonl").exists()
 
 
-def test_the_last_answers_are_those_of_the_saved_model(argv, tmp_path):
-    assert main(argv(learning_rate=1e-2, max_steps=20, sample_tokens=12)) == 0
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 1e-2}
+BEST |= {"metric_for_best_model": "loss", "greater_is_better": True}  # the first one
+
+
+@pytest.mark.parametrize(
+    ("values", "step"),
+    [
+        ({"learning_rate": 1e-2, "max_steps": 20}, 20),
+        ({**BEST, "max_steps": 6, "sample_steps": 6}, 2),
+        ({**BEST, "max_steps": 6}, None),  # asked when it was evaluated already
+    ],
+)
+def test_the_last_answers_are_those_of_the_saved_model(argv, tmp_path, values, step):
+    assert main(argv(**values, sample_tokens=12)) == 0
     out = tmp_path / "run"
+    if step is None:
+        assert steps(out) == [0, 2, 4, 6]
+        return
+    if "load_best_model_at_end" in values:
+        assert json.loads((out / "trainer_state.json").read_text())["best_global_step"] == step
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     for line in lines(out)[-2:]:
         ids = tokenizer.apply_chat_template(
@@ -127,7 +144,7 @@ def test_the_last_answers_are_those_of_the_saved_model(argv, tmp_path):
         )["input_ids"]
         said = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
         stopped = said[-1] == tokenizer.eos_token_id
-        assert (line["step"], line["tokens"], line["stopped"]) == (20, len(said), stopped)
+        assert (line["step"], line["tokens"], line["stopped"]) == (step, len(said), stopped)
         assert line["text"] == tokenizer.decode(said[:-1] if stopped else said)
 
 

@@ -358,7 +358,9 @@ class TestGoingOn:
             meter.sums += number + 1
             meter.names = ["gone", "b _new_", "talk/a"]
         saved = [json.loads(json.dumps(meter.state())) for meter in meters[:2]]
+        meters[2].clock.seconds["evaluation"] = 5.0  # the trial of the model, which comes before
         meters[2].restore(saved, 0, 1)
+        assert meters[2].clock.seconds["evaluation"] == 5.0 + saved[0]["seconds"]["evaluation"]
         assert meters[2].counts.tolist() == [3, 3, 0]
         assert meters[2].sums.tolist() == [[3, 3, 0, 6]] * 2  # talk/a, b, texts, and what is gone
         meters[2].restore(saved, 1, 3)
@@ -451,6 +453,10 @@ class TestEvaluation:
         found = {line["step"]: line[key] for line in lines_of(tmp_path / "run") if key in line and line["step"]}
         assert state["best_metric"] == min(found.values())
         assert found[state["best_global_step"]] == min(found.values())
+        last = [line for line in lines_of(tmp_path / "run") if key in line][-1]
+        assert (last["step"], last[key]) == (state["best_global_step"], state["best_metric"])
+        epochs = {line["step"]: line["epoch"] for line in trained(lines_of(tmp_path / "run"))}
+        assert last["epoch"] == pytest.approx(epochs[last["step"]])
 
     @pytest.mark.parametrize(
         ("more", "says"),

@@ -39,27 +39,28 @@ class Report(TrainerCallback):
 
     Of the run's time the page takes one per cent at most: it is written when a minute has passed, since its imports
     take half a second, and then not more often than every 30 seconds.
-    `device_seconds` in `run_state.json` are those of all devices by their name, of all starts, 10 seconds old at most
-    where a run is killed.
+    `device_seconds` in `run_state.json` are those of all devices by their name, of all starts; where a run is killed,
+    10 seconds and a step old at most.
     """
 
     SHARE, FIRST, PAUSE, COUNTED = 0.01, 60.0, 30.0, 10.0
 
     def __init__(self) -> None:
         self.due = self.counts = 0.0
-        self.before: dict[str, float] = {}
+        self.before: dict[str, float] | None = None
 
     def on_train_begin(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Go on with what earlier starts have cost."""
+        """From now on pages are due."""
         self.due = time.monotonic() + self.FIRST
-        if state.is_world_process_zero:
-            self.before = read_state(args.output_dir).get("device_seconds") or {}
+
+    def on_step_end(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count when it is time."""
+        if state.is_world_process_zero and time.monotonic() > self.counts:
+            self.count(args)
 
     def on_log(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Count and write, each when it is time."""
+        """Write when it is time."""
         if state.is_world_process_zero:
-            if time.monotonic() > self.counts:
-                self.count(args)
             self.write(args)
 
     def on_save(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -74,6 +75,8 @@ class Report(TrainerCallback):
 
     def count(self, args: "SFTConfig") -> None:
         """Add the seconds since this process began, times the processes, to those of earlier starts."""
+        if self.before is None:
+            self.before = read_state(args.output_dir).get("device_seconds") or {}
         device = device_of(hardware(args.world_size))
         seconds = (time.time() - psutil.Process().create_time()) * args.world_size
         spent = {**self.before, device: round(self.before.get(device, 0.0) + seconds, 1)}
@@ -86,22 +89,25 @@ class Report(TrainerCallback):
             return
         from open_r1.report import try_to_write  # with jinja2 and plotly, when they are needed
 
-        begun = time.thread_time()
+        begun = time.monotonic()
         try_to_write(args.output_dir)
-        self.due = time.monotonic() + max(self.PAUSE, (time.thread_time() - begun) / self.SHARE)
+        self.due = time.monotonic() + max(self.PAUSE, (time.monotonic() - begun) / self.SHARE)
 
 
 @contextlib.contextmanager
 def followed(trainer: "OrderedTrainer", prompts: list[Prompt]) -> Iterator[None]:
     """Let people follow a run: on the terminal, in the report, by what the model says to prompts."""
-    display = shown(trainer)
-    trainer.add_callback(Report())
+    display, report = shown(trainer), Report()
+    trainer.add_callback(report)
     if prompts:
         trainer.add_callback(Answers(trainer, prompts))
     try:
         yield
     finally:
         display.close()
+        if trainer.is_world_process_zero():
+            with contextlib.suppress(OSError):  # a full disk: what ended the run is to be told, not this
+                report.count(trainer.args)
 
 
 class PushToHubRevision(TrainerCallback):

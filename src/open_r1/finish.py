@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,14 +114,20 @@ def save_model(trainer: SFTTrainer, out: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def after_saving(trainer: SFTTrainer, recipe: Recipe, prepared: "Prepared") -> list[str]:
+def after_saving(trainer: "OrderedTrainer", recipe: Recipe, prepared: "Prepared") -> list[str]:
     """Evaluate, write manifest and card, verify what was saved, push, submit: none can lose the model any more.
 
     Returns which of them failed; what is found wrong is still pushed.
     """
 
     def evaluation() -> None:
-        save_results(trainer, "eval", trainer.evaluate())
+        with trainer.as_of_its_model():
+            metrics = trainer.evaluate()
+        save_results(trainer, "eval", metrics)
+
+    def last_answers(callback: Answers) -> None:
+        with trainer.as_of_its_model():
+            callback.ask()
 
     failed: list[str] = []
     steps: dict[str, Callable[[], Any]] = {"evaluation": evaluation} if prepared.eval is not None else {}
@@ -129,7 +136,7 @@ def after_saving(trainer: SFTTrainer, recipe: Recipe, prepared: "Prepared") -> l
     steps["model card"] = trainer.create_model_card
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, Answers):
-            steps["sample_prompts"] = callback.ask
+            steps["sample_prompts"] = partial(last_answers, callback)
     steps["verification"] = lambda: verification(trainer, prepared.train.unpacked)
     if trainer.args.push_to_hub:
         steps["push"] = trainer.push_to_hub
@@ -200,13 +207,16 @@ def summarize(trainer: SFTTrainer) -> None:
         path.name for path in [*out.glob("*_results.json"), *out.glob("checkpoint-*"), *out.glob("report.html")]
     )
 
-    def course(key: str) -> str:
+    def course(key: str, mean: str = "") -> str:
         values = [entry[key] for entry in history if key in entry]
-        return f"{values[0]:.4f} at first, {values[-1]:.4f} at last" if values else "not measured"
+        if values:
+            return f"{values[0]:.4f} at first, {values[-1]:.4f} at last"
+        means = [entry[mean] for entry in history if mean in entry]  # where there was no log on the way
+        return f"{means[-1]:.4f}, the mean of all steps" if means else "not measured"
 
     steps, epochs = trainer.state.global_step, trainer.state.epoch
     print(f"\ntrained     {steps} steps, {epochs:.2f} epochs in {seconds // 60} min {seconds % 60} s")
-    print(f"train loss  {course('loss')}")
+    print(f"train loss  {course('loss', mean='train_loss')}")
     print(f"eval loss   {course('eval_loss')}")
     print(f"model       {out} (weights, tokenizer with chat template, generation config, card)")
     print(f"beside it   {', '.join(beside)}")

@@ -107,7 +107,8 @@ class Answers(TrainerCallback):
     def ask(self) -> None:
         """Ask every prompt, once in a step, and write down what is said. Without ZeRO-3 a failure is only said."""
         step, first = self.trainer.state.global_step, self.trainer.is_world_process_zero()
-        if step == self.last or (self.last < 0 and step and self.asked(step)):
+        before = self.last < 0 or step < self.last  # in an earlier start, or of the best model when that was the last
+        if step == self.last or (before and step and self.asked(step)):
             return
         self.last = step
         if not (first or self.together):
@@ -123,7 +124,7 @@ class Answers(TrainerCallback):
             logger.exception("sample_prompts were not answered at step %d; training goes on", step)
 
     def asked(self, step: int) -> bool:
-        """Whether an earlier start has the answers of a step."""
+        """Whether the answers of a step are there already."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         return any(json.loads(line)["step"] == step for line in lines)
 

@@ -305,8 +305,8 @@ class Meter:
         self.steps, total = one["steps"], one["total"]
         self.total = Tally(**{**total, "counts": np.array(total["counts"])})
         self.total.sums = self.placed(total["sums"], one["names"])
-        self.clock.lap()
-        self.clock.seconds.update(one["seconds"])
+        since = self.clock.lap()  # this start began: the trial of the model, and reading the checkpoint
+        self.clock.seconds = {kind: one["seconds"][kind] + since[kind] for kind in KINDS}
 
     def placed(self, sums: list[list[float]], names: list[str]) -> np.ndarray:
         """Sums by source, where sources are now; what is of none of them comes last."""

@@ -4,6 +4,7 @@ Rows reach it prepared, and it reads them in an `Order`. Its checkpoints are com
 forgets between two logs, and are as good at any step; what is no number never reaches the weights.
 """
 
+import contextlib
 import copy
 import json
 import logging
@@ -161,6 +162,7 @@ class OrderedTrainer(SFTTrainer):
         self.asked = False  # a checkpoint, whatever the schedule says
         self.saving = False
         self.skipped = 0
+        self.step_of_model: int | None = None  # where it is not the last
         self.seconds, self.started = 0.0, time.time()
         self.last_norm: float | None = None
         self.last_rate: float | None = None
@@ -604,6 +606,21 @@ class OrderedTrainer(SFTTrainer):
                 "with that, set load_best_model_at_end: false and allow_changes: [load_best_model_at_end]"
             )
         super()._load_best_model()
+        self.step_of_model = self.state.best_global_step
+
+    @contextlib.contextmanager
+    def as_of_its_model(self) -> Iterator[None]:
+        """Have what is said of the model that training ended with bear its own step: the best one's where that is it.
+
+        Upstream says it of the last step, where another model was evaluated before.
+        """
+        last = self.state.global_step, self.state.epoch
+        if self.step_of_model is not None:
+            self.state.global_step, self.state.epoch = self.step_of_model, self.step_of_model / self.order.steps
+        try:
+            yield
+        finally:
+            self.state.global_step, self.state.epoch = last
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write the model card from the run's manifest, also where upstream would write its own over it."""
