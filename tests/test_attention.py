@@ -635,9 +635,36 @@ def test_rounding_is_told_from_leaking(name, leaks, dtype, leaky):
         return model(**inputs, use_cache=False).logits[0].float()
 
     for how in (True, False):
-        first, others = differences(logits, documents([13, 16, 19, 22]), packed=how)
-        assert sees(first, others, exact=dtype == torch.float32) == leaks
+        first, others, behind = differences(logits, documents([13, 16, 19, 22]), packed=how)
+        assert sees(first, others, behind, exact=dtype == torch.float32) == (leaks, False)
         assert first < 0.1
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [("", (False, False)), ("looks ahead", (False, True)), ("no number", (True, False)), ("never", (False, False))],
+)
+def test_what_else_is_wrong_is_seen(fault, expected, packed):
+    """What is said of a token: the sum of those of its document up to it."""
+
+    def logits(examples):
+        cut = [
+            row.split(each["seq_lengths"]) if packed else [row]
+            for each in examples
+            for row in [torch.tensor(each["input_ids"]).float()]
+        ]
+        apart = [part for parts in cut for part in parts]
+        said = [part.sum().expand(len(part)) if fault == "looks ahead" else part.cumsum(0) for part in apart]
+        broken = fault == "never" or (fault == "no number" and len(apart) > 1)
+        return torch.cat(said)[:, None] * (torch.nan if broken else 1.0)
+
+    first, others, behind = differences(logits, documents([13, 16, 19, 22]), packed)
+    assert sees(first, others, behind, exact=True) == expected
+    assert isolation.in_words(0.25) == "differs by 25.00% from"
+    assert isolation.in_words(max(first, others)).startswith(
+        "is no number" if fault == "no number" else "differs by 0"
+    )
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("none", True), ("ieee", True), ("tf32", False)])

@@ -11,10 +11,11 @@ from conftest import losses, settings
 from transformers import AutoConfig, Gemma3nTextConfig, GPT2Config, Qwen3Config
 
 from open_r1 import defaults
+from open_r1.attention import keeps_documents
 from open_r1.configs import ModelConfig, SFTConfig
 from open_r1.defaults import bound, capacity_of, checkpointing, settle, workers
 from open_r1.finish import out_of_memory
-from open_r1.memory import plan_memory
+from open_r1.memory import device_memory, plan_memory
 from open_r1.sft import main
 from open_r1.trainer import OrderedTrainer
 
@@ -141,6 +142,25 @@ class TestCheckpointing:
         on, how, why = settled(None)
         assert (on, how) == (True, None) and "plan_gpu" in why
 
+    def test_a_padded_batch_is_planned_as_one(self, config, monkeypatch):
+        """Where `padding_free` is settled to false first, a row of all of them is none that is to be planned."""
+        flat = []
+        monkeypatch.setattr(defaults, "capacity_of", lambda args: 2**20)
+        monkeypatch.setattr(
+            defaults,
+            "plan_memory",
+            lambda _, __, ___, args, *_____: flat.append(keeps_documents(args)) or {"total": 1},
+        )
+        settle(arguments(), ModelConfig(), config, part(), 512, False)
+        settle(arguments(), ModelConfig(), config, part(), 512, True)
+        assert flat == [False, True]
+
+    def test_a_cpu_that_nobody_named_is_known(self, monkeypatch):
+        monkeypatch.setattr(defaults, "main_memory", lambda: 2**34)
+        said = {"use_cpu": False, "device": torch.device("cpu"), "plan_processes": None, "plan_gpu": None}
+        assert capacity_of(SimpleNamespace(**said, dry_run=False)) == 2**34
+        assert capacity_of(SimpleNamespace(**said, dry_run="text")) == device_memory(None)  # for GPUs elsewhere
+
     def test_arguments_that_are_given_ask_for_it(self, settled):
         given = {"use_reentrant": False}
         assert settled(2**60, activation_checkpointing_kwargs=given)[:2] == (True, given)
@@ -231,20 +251,29 @@ class TestMemory:
 
 
 class TestWorkers:
-    @pytest.mark.parametrize(("device", "cores", "ranks", "count"), [("cpu", 64, 1, 0), ("cuda", 16, 4, 2)])
-    def test_they_are_for_gpus_with_cores_to_spare(self, monkeypatch, device, cores, ranks, count):
-        monkeypatch.setattr(defaults.os, "sched_getaffinity", lambda _: range(cores))
-        monkeypatch.setattr(defaults.os, "cpu_count", lambda: cores)
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    @pytest.mark.parametrize(
+        ("device", "shares", "count"),
+        [
+            ("cpu", [("a", range(64))], 0),
+            ("cuda", [("a", range(16))], 2),
+            ("cuda", [("a", range(16))] * 4, 2),
+            ("cuda", [("a", range(16))] * 5, 0),
+            ("cuda", [("a", range(16))] * 4 + [("b", range(16))] * 4, 2),
+            ("cuda", [("a", range(16))] * 4 + [("b", range(8))] * 4, 0),  # all are told the same
+            ("cuda", [("a", range(4 * rank, 4 * rank + 4)) for rank in range(4)], 2),  # a scheduler dealt them out
+            ("cuda", [("a", range(4 * rank, 4 * rank + 3)) for rank in range(4)], 0),
+        ],
+    )
+    def test_they_are_for_gpus_with_cores_to_spare(self, device, shares, count):
         args = SimpleNamespace(device=torch.device(device), plan_processes=None)
-        assert workers(args)[0] == count
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(cores))
-        assert workers(args)[0] == 0
-        monkeypatch.setattr(defaults.os, "cpu_count", lambda: cores * cores)  # all of them are this process's
-        assert workers(args)[0] == (0 if device == "cpu" else 2)
+        assert workers(args, [(host, set(cores)) for host, cores in shares])[0] == count
+
+    def test_the_cores_are_those_that_this_process_may_use(self, monkeypatch):
+        monkeypatch.setattr(defaults.os, "sched_getaffinity", lambda _: {3, 5})
+        assert defaults.cores_here() == {3, 5}
 
     def test_of_machines_elsewhere_nothing_is_said(self):
-        count, why = workers(arguments(plan_processes=8, plan_gpu="H100"))
+        count, why = workers(arguments(plan_processes=8, plan_gpu="H100"), [])
         assert count == 0 and "elsewhere" in why
 
 

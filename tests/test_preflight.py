@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MambaConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from open_r1 import memory
 from open_r1.memory import device_memory
 from open_r1.sft import main
 
@@ -248,6 +249,27 @@ def test_a_gpu_that_is_too_small(checked, monkeypatch):
     assert checked(**common, **more)[0] == 0
     code, findings, _ = checked(plan_gpu="nothing")
     assert code == 1 and "plan_gpu: 'nothing' is none of" in findings[0][1]
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/", {"memory.max": "max\n"}, None),
+        ("0::/", {"memory.max": "1073741824\n"}, 2**30),
+        ("0::/slurm/job_7/task", {"slurm/job_7/memory.max": str(2**31), "slurm/memory.max": "max"}, 2**31),
+        ("5:cpu:/x\n6:memory:/docker/ab\n0::/", {"memory/memory.limit_in_bytes": str(2**31)}, 2**31),
+        ("5:cpu:/x\n6:memory:/", {"memory/memory.limit_in_bytes": str(2**63 - 4096)}, None),
+        ("", {}, None),
+    ],
+)
+def test_memory_is_what_a_container_may_take(groups, files, expected, tmp_path, monkeypatch):
+    (tmp_path / "cgroup").write_text(groups)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "cgroup")
+    assert memory.main_memory() == (expected or memory.psutil.virtual_memory().total)
 
 
 @pytest.mark.parametrize(("name", "gib"), [("H100", 80), ("a100-40GB", 40), ("RTX4090-24gb", 24)])

@@ -300,6 +300,20 @@ class TestTakesEffect:
             assert logged(half, key) == logged(whole, key)
         assert (half / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
+    def test_saying_what_was_settled_is_the_same_run(self, again, half, whole, tiny_model, chat_file, capsys):
+        settled = json.loads((half / "run_state.json").read_text())["settled"]
+        assert settled == {"padding_free": True, "attn_implementation": "varlen"}
+        assert main(argv(tiny_model, chat_file, whole, **settled)) == 0  # which is finished
+        assert again(**{**settled, "padding_free": False}) == 2
+        assert "other settings (padding_free: True -> False)" in capsys.readouterr().err
+        assert again(**settled) == 0
+        assert losses(half) == losses(whole)
+
+    def test_settling_otherwise_is_told(self, again, half, monkeypatch, caplog):
+        monkeypatch.setattr("open_r1.defaults.padding_free", lambda *_: (False, "as on another machine"))
+        assert again() == 0
+        assert "since checkpoint-4: padding_free: True -> False: losses may differ" in caplog.text
+
     def test_the_learning_rate(self, again, half, whole):
         assert again(learning_rate=5e-3, allow_changes=["learning_rate"]) == 0
         before, after = logged(whole, "learning_rate"), logged(half, "learning_rate")

@@ -7,15 +7,15 @@ import copy
 import logging
 import math
 import os
+import platform
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from open_r1.memory import device_memory, plan_memory
+from open_r1.memory import device_memory, main_memory, plan_memory
 from open_r1.model import planned_dtype
 
 if TYPE_CHECKING:
@@ -43,11 +43,13 @@ def settle(
     `by_document` says that attention tells rows laid end to end apart at no cost (`attention.Choice`), `vocabulary` is
     the number of the model's tokens.
     """
-    asked = args.unsettled if args.process_index == 0 else set()
+    asked = set(args.unsettled) if args.process_index == 0 else set()
+    shares = gather_object([(platform.node(), cores_here())]) if "dataloader_num_workers" in args.unsettled else []
     found: dict[str, tuple[Any, str]] = {}  # values, and why: empty for what only goes with another
     if "padding_free" in asked:
         found["padding_free"] = padding_free(args, train, by_document)
         args.padding_free = found["padding_free"][0]  # which memory depends on
+        args.unsettled.discard("padding_free")
     if "activation_checkpointing" in asked:
         value, how, why = checkpointing(args, model_args, config, train, vocabulary)
         found["activation_checkpointing"] = value, why
@@ -57,7 +59,7 @@ def settle(
             "gradient_checkpointing_kwargs": (how, ""),
         }
     if "dataloader_num_workers" in asked:
-        found["dataloader_num_workers"] = workers(args)
+        found["dataloader_num_workers"] = workers(args, shares)
     [found] = broadcast_object_list([found])
     for name, (value, why) in sorted(found.items()):
         setattr(args, name, value)
@@ -119,8 +121,9 @@ def checkpointing(
 
 def capacity_of(args: "SFTConfig") -> int | None:
     """Bytes of the memory that a process has to itself: of its GPU, or its share of the machine's; None unknown."""
-    if args.plan_processes is None and args.use_cpu:
-        return psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    here = args.use_cpu or (args.device.type == "cpu" and not args.dry_run)  # a check is often for GPUs elsewhere
+    if args.plan_processes is None and here:
+        return main_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
         return device_memory(args.plan_gpu)
     except ValueError:  # preflight says so
@@ -140,15 +143,21 @@ def bound(args: "SFTConfig", config: PreTrainedConfig, longest: int, vocabulary:
     return tokens * layers * (128 * (hidden + inner) + 32 * scores) + 64 * logits + 16 * parameters
 
 
-def workers(args: "SFTConfig") -> tuple[int, str]:
-    """How many processes make batches, and why."""
+def workers(args: "SFTConfig", shares: list[tuple[str, set[int]]]) -> tuple[int, str]:
+    """How many processes make batches, and why. `shares` are the host and the cores of every process."""
     if args.plan_processes is not None:
         return 0, "of machines elsewhere it is not known how many cores they have; the run settles it"
     if args.device.type == "cpu":
         return 0, "they would take the cores that train"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if cores == os.cpu_count():  # else the launcher has given this process cores of its own
-        cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = min(
+        len(mine) // sum(host == other and not mine.isdisjoint(theirs) for other, theirs in shares)
+        for host, mine in shares
+    )
     if cores < CORES:
         return 0, f"{cores} of the cores for each GPU leave none to spare"
     return WORKERS, "the GPU waits for no batch"
+
+
+def cores_here() -> set[int]:
+    """The cores that this process may use: a launcher or a scheduler may have given it some."""
+    return set(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))

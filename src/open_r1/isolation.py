@@ -1,5 +1,6 @@
 """Whether packed documents see each other, tried on the model that trains before it does."""
 
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -50,16 +51,22 @@ def require_isolation(trainer: "OrderedTrainer") -> None:
     remedy = "set attn_implementation: auto where it says another, else packing: false and padding_free: false"
     try:
         with undisturbed(model, args.device):
-            first, others = differences(logits, tried, packed=args.packing)
+            first, others, behind = differences(logits, tried, packed=args.packing)
     except ValueError as error:  # so say the layers of transformers that lack a kernel for several documents
         raise UserError(
             f"packing: {model_name(trainer)} refuses several documents in a row: {error}; {remedy}"
         ) from error
-    leaks = torch.tensor([sees(first, others, exact(trainer))], dtype=torch.int32, device=args.device)
-    if trainer.accelerator.gather(leaks).any():
+    found = torch.tensor([sees(first, others, behind, exact(trainer))], dtype=torch.int32, device=args.device)
+    mixed, ahead = trainer.accelerator.gather(found).any(dim=0).tolist()
+    if mixed:
         raise UserError(
-            f"packing: documents in one row see each other in {model_name(trainer)}: what it says of them differs by "
-            f"{max(first, others):.2%} from what it says of each alone; {remedy}"
+            f"packing: documents in one row see each other in {model_name(trainer)}: what it says of them "
+            f"{in_words(max(first, others))} what it says of each alone; {remedy}"
+        )
+    if ahead:
+        raise UserError(
+            f"packing: tokens see those behind them in {model_name(trainer)}: what it says of a document's beginning "
+            f"{in_words(behind)} what it says of that alone; {remedy}"
         )
 
 
@@ -67,6 +74,11 @@ def model_name(trainer: "OrderedTrainer") -> str:
     """The model's type and its attention, in words."""
     config = trainer.model.config
     return f"{config.model_type} with attn_implementation: {config._attn_implementation}"
+
+
+def in_words(difference: float) -> str:
+    """A difference (see `differences`) in a sentence."""
+    return f"differs by {difference:.2%} from" if math.isfinite(difference) else "is no number, unlike"
 
 
 def exact(trainer: "OrderedTrainer") -> bool:
@@ -77,9 +89,10 @@ def exact(trainer: "OrderedTrainer") -> bool:
     return not half and said <= {"none", "ieee"}
 
 
-def sees(first: float, others: float, exact: bool) -> bool:
-    """Whether these differences (see `differences`) are more than rounding."""
-    return max(first, others) > (ROUNDING if exact else max(ROUNDING_HALF, min(MORE * first, MOST)))
+def sees(first: float, others: float, behind: float, exact: bool) -> tuple[bool, bool]:
+    """Whether these differences (see `differences`) are more than rounding: of documents, and of what is behind."""
+    rounding = ROUNDING if exact else max(ROUNDING_HALF, min(MORE * first, MOST))
+    return max(first, others) > rounding, behind > rounding
 
 
 def documents(rows: Any, config: Any) -> list[list[int]]:
@@ -97,21 +110,32 @@ def documents(rows: Any, config: Any) -> list[list[int]]:
 
 def differences(
     logits: Callable[[list[dict[str, Any]]], torch.Tensor], tried: list[list[int]], packed: bool
-) -> tuple[float, float]:
+) -> tuple[float, float, float]:
     """How far what is said of documents in one row is from what is said of each alone, as shares of the latter.
 
-    Of the first document, and the median of the others. `logits` gives those of TRL's examples, `(tokens, vocabulary)`
-    at least; `packed` lays the row out as packing does, else as padding-free batches.
+    Of the first document, and the median of the others; and how far what is said of a document's beginning is from
+    what is said of that alone. `logits` gives those of TRL's examples, `(tokens, vocabulary)` at least; `packed` lays
+    the row out as packing does, else as padding-free batches.
     """
     together = logits([example(tried)] if packed else [example([each], packed) for each in tried])
     found, start = [], 0
     for each in tried:
         alone = logits([example([each], packed)])[: len(each)]
-        apart = together[start : start + len(each)] - alone
+        here = together[start : start + len(each)]
         start += len(each)
         # The beginning, which a short convolution alone would leak into, and the whole of it.
-        found.append(max(float(apart[:end].norm() / alone[:end].norm()) for end in (BEGINNING, None)))
-    return found[0], statistics.median(found[1:])
+        found.append(max(difference(here[:end], alone[:end]) for end in (BEGINNING, None)))
+    half = len(each) // 2
+    behind = difference(alone[:half], logits([example([each[:half]], packed)])[:half])
+    return found[0], statistics.median(found[1:]), behind
+
+
+def difference(said: torch.Tensor, alone: torch.Tensor) -> float:
+    """The norm of the difference as a share of that of `alone`; infinite where `said` alone is no number."""
+    if not torch.isfinite(alone).all():
+        return 0.0  # of any row, which training stops over
+    share = float((said - alone).norm() / alone.norm().clamp(min=torch.finfo(alone.dtype).tiny))
+    return share if math.isfinite(share) else math.inf
 
 
 def example(tried: list[list[int]], packed: bool = True) -> dict[str, Any]:

@@ -9,8 +9,10 @@ import copy
 import os
 import warnings
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,6 +29,7 @@ from open_r1.model import skeleton
 if TYPE_CHECKING:
     from open_r1.configs import ModelConfig, SFTConfig
 
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 LENGTHS = "lengths"  # attention without a mask of all pairs
 DEPTHS = (6, 12)  # layers that deeper models are measured with
 OUTPUTS = ("log_probs", "entropy", "is_top1")  # what TRL's trainer asks of the loss
@@ -279,6 +282,21 @@ def state_bytes(args: "SFTConfig") -> int:
     """Bytes of optimizer state for a trained parameter in float32."""
     name = str(getattr(args.optim, "value", args.optim))
     return next((size for part, size in STATE.items() if part in name), 8)
+
+
+def main_memory() -> int:
+    """Bytes of this machine's memory, or what the control groups that this process is in may take of it."""
+    limits = [psutil.virtual_memory().total]
+    for line in OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.exists() else ():
+        _, kinds, place = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        root, name = (CGROUPS / "memory", "memory.limit_in_bytes") if kinds else (CGROUPS, "memory.max")
+        group = root / place.lstrip("/")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # not there, as seen from a container, or `max`
+                limits.append(int((folder / name).read_text()))
+    return min(limits)
 
 
 def device_memory(named: str | None) -> int | None:

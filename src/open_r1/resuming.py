@@ -86,6 +86,12 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[An
     return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 
 
+def as_said(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an earlier start: with what was settled for it (`defaults.py`) where that is said now."""
+    settled = before.get("settled", {})
+    return {**before["settings"], **{key: settled[key] for key in settled if after.get(key) not in (None, "auto")}}
+
+
 def told(changes: dict[str, tuple[Any, Any]]) -> str:
     """Changes for a message."""
     return "; ".join(f"{key}: {show(old)} -> {show(new)}" for key, (old, new) in changes.items())
@@ -128,7 +134,7 @@ def finished(output_dir: str, settings: dict[str, Any]) -> int | None:
     served = any(next(Path(output_dir).glob(name), None) for name in WEIGHTS)
     if state.get("status") != "complete" or not isinstance(state.get("settings"), dict) or not served:
         return None
-    step, before = state["global_step"], state["settings"]
+    step, before = state["global_step"], as_said(state, settings)
     notes, changes = compare(before, settings, output_dir), changed(before, settings)
     if settings.get("resume") == "never":
         raise UserError(f"resume: never, but {output_dir} holds a finished run; choose another output_dir")
@@ -160,7 +166,7 @@ def checkpoint_of(output_dir: str, settings: dict[str, Any]) -> str | None:
     try:
         checkpoint = checkpoint_to_resume(output_dir, settings.get("resume", "auto"))
         if checkpoint is not None:
-            compare(read_seal(Path(checkpoint))["settings"], settings, checkpoint)
+            compare(as_said(read_seal(Path(checkpoint)), settings), settings, checkpoint)
     except UserError as error:
         if settings.get("dry_run") in (None, False):
             raise
@@ -180,6 +186,7 @@ def facts_of(
     return {
         "settings": settings,
         "defaults": defaults,
+        "settled": {"padding_free": args.padding_free, "attn_implementation": model.attn_implementation},
         "data": prepared.train.key,
         "evaluated": prepared.eval.key if prepared.eval else None,
         "order": order.facts,
@@ -235,7 +242,7 @@ def require_same_run(checkpoint: str, now: dict[str, Any]) -> dict[str, Any]:
             f"{checkpoint} was written by an earlier version, which did not measure what this one goes on with; end "
             "the run with that version, or choose another output_dir and start from the model of the checkpoint"
         )
-    settings = {**before["defaults"], **before["settings"]}
+    settings = {**before["defaults"], **as_said(before, now["settings"])}
     allowed = set(now["settings"].get("allow_changes") or [])
     notes = compare(settings, now["settings"], checkpoint)
     changes = changed(settings, now["settings"])
@@ -283,7 +290,10 @@ def require_same_run(checkpoint: str, now: dict[str, Any]) -> dict[str, Any]:
             f"{before['processes']} processes -> {now['processes']}: the same rows a step; what is random within a "
             "step (dropout) is drawn anew"
         )
-    then, this = ({**facts["versions"], "open_r1": facts["code"].get("digest")} for facts in (before, now))
+    then, this = (
+        {**facts["versions"], "open_r1": facts["code"].get("digest"), **facts.get("settled", now["settled"])}
+        for facts in (before, now)
+    )
     differs = {name: (then.get(name), this.get(name)) for name in {**then, **this} if then.get(name) != this.get(name)}
     if differs:
         notes.append(f"{told(differs)}: losses may differ from those of an uninterrupted run in their last digits")
