@@ -76,6 +76,7 @@ OTHERS = {
     "fp16: true\nbf16: true": "fp16 and bf16 exclude each other",
     "load_best_model_at_end: true": "save_strategy (steps) and eval_strategy (no) the same",
     "packing: true\nmax_length: null": "packing needs max_length",
+    "packing: true\npacking_strategy: wrapped\npadding_free: true": "leave padding_free out, or",
     "eval_packing: true": "eval_packing without packing",
     "dataloader_prefetch_factor: 4": "set dataloader_num_workers, too",
     "supervision: full\nassistant_only_loss: true": "keep supervision",

@@ -108,6 +108,11 @@ def of_data(recipe: "Recipe") -> Iterator[str]:
         yield f"{origin['test_split_size']}: with a mixture, set test_split_size inside dataset_mixture"
     if values.get("packing") and values.get("max_length", 1) is None:
         yield f"{origin['max_length']}: packing needs max_length, the number of tokens in a packed row"
+    if values.get("packing") and values.get("packing_strategy") == "wrapped" and values.get("padding_free"):
+        yield (
+            f"{origin['padding_free']}: padding_free lays rows end to end by the lengths of their documents, which "
+            "packing_strategy wrapped does not keep; leave padding_free out, or set packing_strategy: bfd"
+        )
     if values.get("eval_packing") and not values.get("packing"):
         yield f"{origin['eval_packing']}: eval_packing without packing; set both, or neither"
     if values.get("assistant_only_loss") and values.get("supervision") == "full":
