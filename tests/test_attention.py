@@ -20,12 +20,14 @@ from transformers import (
     AutoTokenizer,
     Gemma2Config,
     Gemma4TextConfig,
+    GPT2Config,
     GPTJConfig,
     GptOssConfig,
     JambaConfig,
     Lfm2Config,
     MambaConfig,
     MistralConfig,
+    NemotronConfig,
     Qwen3Config,
     Qwen3NextConfig,
 )
@@ -36,7 +38,7 @@ from trl import SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from open_r1 import attention, isolation, preflight
-from open_r1.attention import Choice, DocumentMask, choose, settle_attention, varlen
+from open_r1.attention import DocumentMask, choose, settle_attention, varlen
 from open_r1.configs import ModelConfig, SFTConfig
 from open_r1.errors import UserError
 from open_r1.isolation import differences, sees
@@ -291,6 +293,35 @@ def test_asking_for_the_kernel_breaks_no_graph(monkeypatch):
     attention.kernel_runs.cache_clear()
 
 
+@pytest.mark.parametrize("values", [8, 4])
+def test_the_kernel_is_given_values_as_they_are_unless_they_are_narrower(monkeypatch, values):
+    """Of equal width they are not copied."""
+    given = {}
+
+    def kernel(query, key, value, *_, enable_gqa=False, **__):
+        given.update(query=query, value=value)
+        return query
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    query, key, value = states(groups=4, values=values)
+    found = attention.by_kernel(query, key, value, STARTS, 13, None, None)
+    assert found.shape == (1, 20, 4, values)
+    assert given["value"].shape == given["query"].shape == (20, 4, 8)
+    assert (given["value"].data_ptr() == value.data_ptr()) == (values == 8)
+    assert torch.equal(given["value"][..., :values], value[0].transpose(0, 1))
+
+
+def test_the_kernel_is_not_taken_on_rocm(monkeypatch):
+    monkeypatch.setattr(attention, "takes", lambda *_: True)
+    attention.kernel_runs.cache_clear()
+    how = torch.device("cuda"), torch.bfloat16, 64
+    assert attention.kernel_runs(*how)
+    attention.kernel_runs.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not attention.kernel_runs(*how)
+    attention.kernel_runs.cache_clear()
+
+
 # On a GPU
 
 
@@ -441,6 +472,7 @@ def machine(monkeypatch):
     def of(capability, flash=()):
         monkeypatch.setattr(SFTConfig, "device", torch.device("cuda" if capability else "cpu"))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (capability, 0))
+        monkeypatch.setattr(attention, "takes", lambda *_: capability >= 8)
         there = {f"flash_attention_{number}": lambda number=number: number in flash for number in (2, 3, 4)}
         monkeypatch.setattr(attention, "FLASH", there)
 
@@ -462,7 +494,9 @@ SMALL = {"num_hidden_layers": 1, "vocab_size": 600}
         (9, (), PACKED, QWEN, "varlen", True),
         (9, (2, 3), {"packing": True, "bf16": False}, QWEN, "varlen", True),
         (7, (), {"packing": True, "fp16": True}, QWEN, "varlen", True),
+        (7, (2,), {"packing": True, "fp16": True}, QWEN, "varlen", True),  # where FlashAttention 2 raises
         (9, (2, 3), PACKED, Qwen3Config(**TINY, attention_dropout=0.1), "flash_attention_2", True),
+        (9, (2, 3), PACKED, GPT2Config(), "flash_attention_2", True),  # its dropout has another name
         (9, (2, 3), PACKED, Qwen3Config(**TINY, head_dim=320), "varlen", True),
         (9, (2,), PACKED, Gemma2Config(**TINY), "flash_attention_2", True),
         (9, (), PACKED, Gemma2Config(**TINY), "eager", False),
@@ -472,6 +506,8 @@ SMALL = {"num_hidden_layers": 1, "vocab_size": 600}
         (9, (2,), {"bf16": True}, GPTJConfig(n_layer=1), "flash_attention_2", False),
         (9, (2,), PACKED, Gemma4TextConfig(), "varlen", True),  # some of its heads are 512 wide
         (9, (), PACKED, MambaConfig(), "eager", False),
+        (9, (), PACKED, NemotronConfig(**SMALL), "sdpa", False),
+        (9, (2,), PACKED, NemotronConfig(**SMALL), "flash_attention_2", True),
         (9, (), PACKED, Lfm2Config(**SMALL, layer_types=["conv"]), "sdpa", False),
         (0, (), {"packing": True}, QWEN, "varlen", True),
         (0, (), {"padding_free": True}, KINDS["window"], "varlen", True),
@@ -490,6 +526,73 @@ def test_auto_takes_the_best_that_is_there(machine, capability, flash, training,
     assert (found.name, found.by_document) == (name, by_document) and found.reason
 
 
+@pytest.mark.parametrize(("flash", "name"), [((2, 3), "flash_attention_2"), ((), "varlen")])
+def test_capabilities_are_those_of_nvidia_where_there_is_no_rocm(machine, monkeypatch, flash, name):
+    machine(9, flash)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert choose(ModelConfig(), arguments(**PACKED), QWEN).name == name
+
+
+KERNEL = "PyTorch's flash kernel for documents of any length"
+HALF_16 = {"packing": True, "fp16": True}
+
+
+@pytest.mark.parametrize(
+    ("where", "training", "config", "reason"),
+    [
+        (9, PACKED, QWEN, KERNEL),
+        (9, {"packing": True, "bf16": False}, QWEN, "documents one by one, in float32"),
+        (7, HALF_16, QWEN, "documents one by one, on a GPU before Ampere"),
+        (9, PACKED, Qwen3Config(**TINY, attention_dropout=0.1), "documents one by one, with attention dropout"),
+        (9, PACKED, GPT2Config(), "documents one by one, with attention dropout"),
+        (9, PACKED, Qwen3Config(**TINY, head_dim=320), "documents one by one, with heads of 320"),
+        (9, PACKED, Gemma4TextConfig(), f"{KERNEL}, and one by one with heads of 512"),
+        (0, {**PACKED, "plan_processes": 8}, QWEN, KERNEL),
+        (0, {**PACKED, "plan_processes": 8}, Qwen3Config(**TINY, head_dim=320), "documents one by one, with heads of"),
+        ("cpu", {"padding_free": False}, QWEN, "no row has documents to keep apart, on a CPU"),
+        ("mps", {"padding_free": False}, QWEN, "no row has documents to keep apart, on MPS"),
+        ("xpu", {"padding_free": False}, QWEN, "no row has documents to keep apart, on XPU"),
+        ("mps", PACKED, QWEN, "documents of packed rows one by one"),
+    ],
+)
+def test_the_reason_is_the_one_there_is(machine, monkeypatch, where, training, config, reason):
+    args = arguments(**training)
+    machine(where if isinstance(where, int) else 0)
+    if isinstance(where, str):
+        monkeypatch.setattr(SFTConfig, "device", torch.device(where))
+    assert choose(ModelConfig(), args, config).reason.startswith(reason)
+
+
+def test_of_a_gpu_that_lacks_the_kernel_for_some_heads_the_width_is_said(machine, monkeypatch):
+    machine(8)
+    monkeypatch.setattr(attention, "takes", lambda device, dtype, width: width <= 192)
+    found = choose(ModelConfig(), arguments(**PACKED), Qwen3Config(**TINY, head_dim=256))
+    assert found.reason == "documents one by one, with heads of 256 on this GPU"
+
+
+@pytest.mark.parametrize(
+    ("said", "config", "why_not"),
+    [
+        ("sdpa", QWEN, "sdpa would compare all pairs of tokens"),
+        ("auto", Gemma2Config(**TINY), "eager would compare all pairs of tokens"),
+        ("flex_attention", QWEN, "flex_attention goes by blocks of tokens"),
+        ("owner/kernel", QWEN, "it is not known whether owner/kernel"),
+        (
+            "auto",
+            MambaConfig(),
+            "mamba has layers of linear_attention, where attention alone keeps no documents apart",
+        ),
+        ("sdpa", JambaConfig(**SMALL), "jamba has layers of linear_attention"),
+        ("flash_attention_2", JambaConfig(**SMALL), "jamba has layers of linear_attention"),
+        ("flash_attention_2", GPTJConfig(n_layer=1), "gptj hands no lengths"),
+    ],
+)
+def test_why_documents_do_not_go_apart_is_handed_on(machine, said, config, why_not):
+    machine(0)
+    found = choose(ModelConfig(attn_implementation=said), arguments(), config)
+    assert found.why_not.startswith(why_not) and not found.by_document
+
+
 def test_what_the_recipe_says_is_kept(machine, caplog):
     machine(0)
     caplog.set_level(logging.INFO, "open_r1")
@@ -501,7 +604,8 @@ def test_what_the_recipe_says_is_kept(machine, caplog):
     }.items():
         model_args = ModelConfig(attn_implementation=name)
         found = settle_attention(model_args, arguments(packing=True), QWEN)
-        assert found == Choice(name, "as the recipe says", by_document) and model_args.attn_implementation == name
+        assert found[:2] == (name, "as the recipe says") and model_args.attn_implementation == name
+        assert found.by_document == by_document == (not found.why_not)
     kwargs = {"attn_implementation": "eager"}
     assert choose(ModelConfig(), arguments(packing=True, model_init_kwargs=kwargs), QWEN).name == "eager"
     assert caplog.text.count("attention: ") == 4
@@ -510,6 +614,28 @@ def test_what_the_recipe_says_is_kept(machine, caplog):
     assert model_args.attn_implementation == "varlen"
     with pytest.raises(UserError, match="varlen cannot be had: gemma2 has attention .caps, sinks"):
         choose(ModelConfig(attn_implementation="varlen"), arguments(packing=True), Gemma2Config(**TINY))
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "name"),
+    [("auto", None, "varlen"), (None, "auto", "varlen"), (None, "sdpa", "sdpa"), ("sdpa", "auto", "sdpa")],
+)
+def test_what_model_init_kwargs_say_is_settled_there_too(machine, given, said, name):
+    """Else it would override what was settled, and transformers knows no `auto`."""
+    machine(0)
+    kwargs = {"attn_implementation": given, "max_position_embeddings": 64}
+    model_args, args = ModelConfig(attn_implementation=said), arguments(packing=True, model_init_kwargs=kwargs)
+    settle_attention(model_args, args, QWEN)
+    assert model_args.attn_implementation == name and args.model_init_kwargs == {"max_position_embeddings": 64}
+    assert kwargs["attn_implementation"] == given  # the recipe is as it was
+
+
+def test_a_run_starts_with_what_model_init_kwargs_say(tiny_model, chat_file, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "open_r1")
+    common = {"model_name_or_path": tiny_model, "dataset_name": chat_file, "output_dir": tmp_path / "run"}
+    kwargs = {"attn_implementation": "auto"}
+    assert main(settings(**common, packing=True, max_steps=1, model_init_kwargs=kwargs)) == 0
+    assert "attention: varlen, documents of packed rows one by one" in caplog.text
 
 
 def test_a_model_with_code_of_its_own_is_left_to_transformers(machine):

@@ -74,6 +74,12 @@ def test_our_defaults():
     ("model", "training", "message"),
     [
         ({"attn_implementation": "flash_attention_2"}, {}, "flash_attention_2 is not installed or finds no GPU here"),
+        (
+            {},
+            {"model_init_kwargs": {"attn_implementation": "flash_attention_3"}},
+            "flash_attention_3 is not installed",
+        ),
+        ({}, {"model_init_kwargs": {"attn_implementation": "flex_attention"}}, "flex_attention has no gradients"),
         ({"load_in_4bit": True, "use_peft": True}, {}, "need bitsandbytes"),
         ({}, {"report_to": "wandb"}, "report_to: wandb is not installed"),
         ({"model_name_or_path": "./nowhere"}, {}, "no such directory: ./nowhere"),

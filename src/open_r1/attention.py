@@ -3,8 +3,8 @@
 `varlen` computes what `sdpa` does with the mask that transformers makes, to rounding. Where that mask only says that
 each document of a packed row sees itself (`DocumentMask`), it is never made: the documents go through PyTorch's
 variable-length flash kernel, or one by one through scaled_dot_product_attention where that kernel does not run (CPU,
-float32, old GPUs, attention dropout). Everything else, padded batches and generation with a cache too, is handed to
-transformers' `sdpa`, mask and all.
+float32, old GPUs, ROCm, wide heads, attention dropout). Everything else, padded batches and generation with a cache
+too, is handed to transformers' `sdpa`, mask and all.
 """
 
 import inspect
@@ -37,31 +37,49 @@ FLASH = {
 }
 HALF = (torch.bfloat16, torch.float16)
 WIDEST = 256  # head that flash kernels take
+AMPERE, HOPPER = 8, 9  # NVIDIA's compute capabilities
+BEFORE = "on a GPU before Ampere"
 SHORT, CROWDED = 8, 512  # documents shorter than so, in a row of at most so many tokens, cost more one by one
-OWN_MASKS = ("doge",)  # models that work on the mask they are given (transformers 5.23)
+# Models that work on the mask they are given, and one whose layers keep lengths to themselves (transformers 5.23).
+NO_LENGTHS = ("doge", "nemotron")
+DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")  # names of one thing in configs
 
 
 class Choice(NamedTuple):
-    """A backend by name (None leaves it to transformers), why it, and whether it works document by document.
+    """A backend by name (None leaves it to transformers), why it, and why it does not work document by document.
 
-    `by_document`: packed and padding-free documents are kept apart at a cost that is the sum of theirs, not through a
-    mask of all pairs of tokens in the row.
+    `why_not` is empty where it does: packed and padding-free documents are kept apart at a cost that is the sum of
+    theirs, not through a mask of all pairs of tokens in the row.
     """
 
     name: str | None
     reason: str
-    by_document: bool
+    why_not: str
+
+    @property
+    def by_document(self) -> bool:
+        """Whether it works document by document."""
+        return not self.why_not
 
 
 def settle_attention(model_args: "ModelConfig", training_args: "SFTConfig", config: PretrainedConfig) -> Choice:
     """Choose the attention of a run, say it in one line and set `attn_implementation` to it. Needs no weights.
 
-    Raises `UserError` when the recipe asks for `varlen` and the model cannot have it.
+    It is taken out of `model_init_kwargs`, which would override it. Raises `UserError` when the recipe asks for
+    `varlen` and the model cannot have it.
     """
     choice = choose(model_args, training_args, config)
     logger.info("attention: %s, %s", choice.name or "left to transformers", choice.reason)
     model_args.attn_implementation = choice.name
+    given = training_args.model_init_kwargs or {}
+    training_args.model_init_kwargs = {key: given[key] for key in given if key != "attn_implementation"}
     return choice
+
+
+def asked_for(model_args: "ModelConfig", training_args: "SFTConfig") -> Any:
+    """What the recipe says of attention: a backend (in `model_init_kwargs` also one for each part of a model)."""
+    given = (training_args.model_init_kwargs or {}).get("attn_implementation")
+    return given or model_args.attn_implementation or AUTO
 
 
 def choose(model_args: "ModelConfig", training_args: "SFTConfig", config: PretrainedConfig) -> Choice:
@@ -71,29 +89,32 @@ def choose(model_args: "ModelConfig", training_args: "SFTConfig", config: Pretra
     where the recipe says so. Of a GPU elsewhere (`plan_processes`) it is not known what is installed. On a CPU
     `varlen` gains nothing where rows are padded. Raises `UserError` as `settle_attention` does.
     """
-    said = (training_args.model_init_kwargs or {}).get("attn_implementation", model_args.attn_implementation) or AUTO
+    said = asked_for(model_args, training_args)
     kind, elsewhere = model_class(config), training_args.plan_processes is not None
     lack = not_for_varlen(config, kind)
-    apart = kind is not None and kind._supports_attention_backend and not mixes(config, kind)
+
+    def choice(name: str | None, reason: str) -> Choice:
+        return Choice(name, reason, not_by_document(name, config, kind))
+
     if said == VARLEN and lack:
         raise UserError(f"attn_implementation: varlen cannot be had: {lack}; use auto")
     if said != AUTO:
-        return Choice(said, "as the recipe says", said == VARLEN or ("flash" in said and apart))
+        return choice(said, "as the recipe says")
     if kind is None:
-        return Choice(None, f"since {lack}", False)
-    gpu, half = training_args.device.type == "cuda", computes_in_half(model_args, training_args, config)
-    for name in ("flash_attention_3", "flash_attention_2") if gpu and half else ():
+        return choice(None, f"since {lack}")
+    device, half = training_args.device, computes_in_half(model_args, training_args, config)
+    for name in ("flash_attention_3", "flash_attention_2") if device.type == "cuda" and half else ():
         if not not_for_flash(name, config, kind):
-            return Choice(name, "the best that is installed and fits the model", apart)
+            return choice(name, "the best that is installed and fits the model")
     if lack:
         plain = kind._supports_sdpa and not softcap(config)
-        return Choice("sdpa" if plain else "eager", f"since {lack}", False)
-    if gpu or elsewhere:
-        how = "PyTorch's flash kernel for documents of any length" if half else "documents one by one, in float32"
-        return Choice(VARLEN, how, True)
+        return choice("sdpa" if plain else "eager", f"since {lack}")
+    if device.type == "cuda" or elsewhere:
+        return choice(VARLEN, how_documents_go(config, half, None if elsewhere else device))
     if keeps_documents(training_args):
-        return Choice(VARLEN, "documents of packed rows one by one", True)
-    return Choice("sdpa", "rows are padded, on a CPU", False)
+        return choice(VARLEN, "documents of packed rows one by one")
+    where = {"cpu": "a CPU"}.get(device.type, device.type.upper())
+    return choice("sdpa", f"no row has documents to keep apart, on {where}")
 
 
 def keeps_documents(args: "SFTConfig") -> bool:
@@ -121,33 +142,43 @@ def softcap(config: PretrainedConfig) -> float | None:
     return getattr(config.get_text_config(), "attn_logit_softcapping", None)
 
 
-def head_width(config: PretrainedConfig) -> int:
-    """Width of a head's queries, of the widest layer; 0 where the config does not say."""
+def head_widths(config: PretrainedConfig) -> set[int]:
+    """Widths of a head's queries in the layers, in numbers; none where the config does not say."""
     text = config.get_text_config()
     if text.is_heterogeneous:
-        return max(map(head_width, text.per_layer_config))
+        return set().union(*map(head_widths, text.per_layer_config))
     if latent := getattr(text, "qk_nope_head_dim", None):
-        return latent + (getattr(text, "qk_rope_head_dim", None) or 0)
+        return {latent + (getattr(text, "qk_rope_head_dim", None) or 0)}
     hidden, heads = getattr(text, "hidden_size", 0), getattr(text, "num_attention_heads", 0)
-    return getattr(text, "head_dim", None) or (hidden // heads if hidden and heads else 0)
+    width = getattr(text, "head_dim", None) or (hidden // heads if hidden and heads else 0)
+    return {width} if width else set()
+
+
+def drops(config: PretrainedConfig) -> bool:
+    """Whether attention drops out."""
+    return any(getattr(config.get_text_config(), name, None) for name in DROPOUTS)
 
 
 def not_for_flash(name: str, config: PretrainedConfig, kind: type[PreTrainedModel]) -> str:
     """Why a FlashAttention is not for this machine or model, empty where it is.
 
     What transformers checks (`_flash_attn_can_dispatch`, 5.23) and what it only warns of or leaves to the kernel:
-    FlashAttention 3 is made for Hopper GPUs and has no dropout.
+    of NVIDIA's GPUs FlashAttention 2 is made for Ampere and later ones, and FlashAttention 3 for Hopper alone; it has
+    no dropout.
     """
     fitting = getattr(kind, "_compatible_flash_implementations", None)
     if not FLASH[name]():
         return "not installed"
     if not kind._supports_flash_attn or (fitting is not None and name not in fitting):
         return "the model does not support it"
-    if head_width(config) > WIDEST:
+    if max(head_widths(config), default=0) > WIDEST:
         return f"heads are wider than {WIDEST}"
-    if name == "flash_attention_3" and torch.cuda.get_device_capability()[0] != 9:
+    rocm, capability = torch.version.hip is not None, torch.cuda.get_device_capability()[0]
+    if name == "flash_attention_2" and not rocm and capability < AMPERE:
+        return BEFORE
+    if name == "flash_attention_3" and (rocm or capability != HOPPER):
         return "no Hopper GPU"
-    if name == "flash_attention_3" and getattr(config.get_text_config(), "attention_dropout", 0):
+    if name == "flash_attention_3" and drops(config):
         return "no attention dropout"
     return ""
 
@@ -177,9 +208,43 @@ def not_for_varlen(config: PretrainedConfig, kind: type[PreTrainedModel] | None)
         return f"{name} does not only look back"
     if softcap(config) or not kind._supports_sdpa:
         return f"{name} has attention (caps, sinks, biases) that scaled_dot_product_attention cannot express"
-    if name in OWN_MASKS or not (kind._supports_attention_backend and kind._can_set_attn_implementation()):
+    if name in NO_LENGTHS or not (kind._supports_attention_backend and kind._can_set_attn_implementation()):
         return f"{name} hands no lengths of documents to its attention"
     return ""
+
+
+def not_by_document(name: Any, config: PretrainedConfig, kind: type[PreTrainedModel] | None) -> str:
+    """Why a backend does not work document by document in a model (see `Choice`), empty where it does."""
+    model = config.get_text_config().model_type
+    if kind is None:
+        return f"{model} comes with code of its own"
+    if mixed := mixes(config, kind):
+        return f"{mixed}, where attention alone keeps no documents apart"
+    if name == VARLEN or ("flash" in name and kind._supports_attention_backend):
+        return ""
+    if "flash" in name:
+        return f"{model} hands no lengths of documents to its attention"
+    if name == "flex_attention":
+        return "flex_attention goes by blocks of tokens, with a mask of each batch"
+    if name in ("sdpa", "eager"):
+        return f"{name} would compare all pairs of tokens of a batch that is one long row"
+    return f"it is not known whether {name} goes document by document"
+
+
+def how_documents_go(config: PretrainedConfig, half: bool, device: torch.device | None) -> str:
+    """Whether `varlen` takes the documents of a row by PyTorch's kernel or one by one, and why, in words.
+
+    `device` is None where it is elsewhere: the kernel is taken to run there.
+    """
+    kernel, alone = "PyTorch's flash kernel for documents of any length", "documents one by one"
+    if half and drops(config):
+        return f"{alone}, with attention dropout"
+    dtype = torch.bfloat16 if half else torch.float32  # the kernel takes both halves alike
+    lacks = {no_kernel(device, dtype, width) for width in head_widths(config) or {64}}
+    lack = " and ".join(sorted(lacks - {""}))
+    if not lack:
+        return kernel
+    return f"{kernel}, and one by one {lack}" if "" in lacks else f"{alone}, {lack}"
 
 
 # The backend
@@ -283,8 +348,31 @@ def working_dtype(query: torch.Tensor, value: torch.Tensor) -> torch.dtype:
 @torch.compiler.assume_constant_result  # else a compiled graph would break here in every layer
 def kernel_runs(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Whether PyTorch's flash kernel is to be had, with its gradient, for heads so wide."""
-    if device.type != "cuda" or dtype not in HALF or width % 8:
-        return False
+    return not no_kernel(device, dtype, width)
+
+
+def no_kernel(device: torch.device | None, dtype: torch.dtype, width: int) -> str:
+    """Why PyTorch's flash kernel is not to be had for heads so wide, empty where it is, as on no device in particular.
+
+    In words that go on from "documents one by one".
+    """
+    if dtype not in HALF:
+        return "in float32"
+    if width % 8 or width > WIDEST:
+        return f"with heads of {width}"
+    if device is None:
+        return ""
+    if device.type != "cuda":
+        return "without a GPU of NVIDIA's"
+    if torch.version.hip is not None:  # whose kernel is another, tried nowhere
+        return "on ROCm"
+    if takes(device, dtype, width):
+        return ""
+    return BEFORE if torch.cuda.get_device_capability(device)[0] < AMPERE else f"with heads of {width} on this GPU"
+
+
+def takes(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether PyTorch takes a flash kernel for causal attention with heads so wide and its gradient."""
     head = torch.empty(1, 1, 8, width, device=device, dtype=dtype, requires_grad=True)
     return can_use_flash_attention(SDPAParams(head, head, head, None, 0.0, True, False))
 
@@ -308,7 +396,8 @@ def by_kernel(
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     if groups > 1 and not grouped:  # torch 2.11
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    value = F.pad(value, (0, query.shape[-1] - width))  # latent attention has narrower values
+    if width != query.shape[-1]:  # latent attention has narrower values; padding by nothing would copy them
+        value = F.pad(value, (0, query.shape[-1] - width))
     states = (each[0].transpose(0, 1) for each in (query, key, value))
     starts = starts.to(query.device, torch.int32)
     left = -1 if window is None or window >= longest else window - 1

@@ -22,7 +22,7 @@ from transformers import (
 )
 from trl import get_peft_config, get_quantization_config
 
-from open_r1.attention import AUTO, FLASH
+from open_r1.attention import AUTO, FLASH, asked_for
 from open_r1.errors import UserError
 from open_r1.tables import looks_local
 
@@ -76,8 +76,8 @@ def check_model(model_args: "ModelConfig", training_args: "SFTConfig") -> PreTra
 
 def not_installed(model_args: "ModelConfig", training_args: "SFTConfig") -> Iterator[str]:
     """What a recipe needs that this machine does not have, each with its remedy."""
-    attention = model_args.attn_implementation
-    if attention in FLASH and not FLASH[attention]():
+    attention = asked_for(model_args, training_args)
+    if isinstance(attention, str) and attention in FLASH and not FLASH[attention]():
         yield f"attn_implementation: {attention} is not installed or finds no GPU here; use sdpa, or install it"
     here = training_args.plan_processes is None
     if attention == "flex_attention" and here and training_args.device.type == "cpu":
