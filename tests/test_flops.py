@@ -8,8 +8,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    AriaTextConfig,
     AutoModelForCausalLM,
+    DbrxConfig,
+    DeepseekV2Config,
+    DeepseekV32Config,
+    FalconH1Config,
+    Gemma3Config,
+    Gemma4Config,
     Gemma4TextConfig,
+    GitConfig,
+    HunYuanMoEV1Config,
     MambaConfig,
     MistralConfig,
     PretrainedConfig,
@@ -18,7 +27,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from open_r1.flops import KINDS, PEAKS, Work, attention, pairs, peak_flops, peak_here, work_of
+from open_r1.flops import KINDS, PEAKS, Work, attention, experts_of, pairs, peak_flops, peak_here, work_of
 
 LENGTH = 48
 SHAPE = {
@@ -45,6 +54,15 @@ def made(config, **values):
     return AutoModelForCausalLM.from_config(config(**{**SHAPE, **values}), attn_implementation="eager")
 
 
+def lora(model, targets="all-linear", **values):
+    return get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", **values))
+
+
+MOE = {"num_experts": 8, "moe_intermediate_size": 32, "experts_implementation": "eager"}
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
 class TestAgainstTorch:
     def test_full_training_to_the_flop(self):
         model = made(Qwen3Config)
@@ -60,7 +78,7 @@ class TestAgainstTorch:
 
         Else torch leaves out the gradients of what goes into the first layer, which nothing needs.
         """
-        model = get_peft_model(made(Qwen3Config), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model = lora(made(Qwen3Config))
         without = counted(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -75,15 +93,91 @@ class TestAgainstTorch:
         model = get_peft_model(made(Qwen3Config), lora)
         assert work_of(model).label == 6 * 300 * 64
 
-    @pytest.mark.parametrize("config", [Qwen3MoeConfig, Qwen2MoeConfig])
-    def test_experts_that_are_active(self, config):
-        more = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-        model = made(config, **more, experts_implementation="eager", shared_expert_intermediate_size=48)
+    def test_an_adapter_on_the_last_layers(self):
+        """Below it there is no gradient, of weights nor of attention."""
+        model = lora(made(Qwen3Config, num_hidden_layers=8), LINEAR, layers_to_transform=[6, 7])
+        first = 2 * LENGTH * (64 * (64 + 32 + 32) + 3 * 64 * 4)  # of q, k, v and their adapters in the layer
+        assert counted(model) == expected(work_of(model)) - first
+
+    def test_a_norm_behind_the_layers_needs_none_of_theirs_and_embeddings_need_all(self):
+        model = lora(made(Qwen3Config), LINEAR, layers_to_transform=[2])
+        without = work_of(model)
+        model.get_decoder().norm.weight.requires_grad_(True)
+        assert work_of(model) == without
+        model.get_decoder().embed_tokens.weight.requires_grad_(True)
+        assert work_of(model).token > without.token
+        assert work_of(model).pair == {None: 3 * 12 * 64} != without.pair
+
+    def test_a_head_alone(self):
+        model = made(Qwen3Config)
+        model.requires_grad_(False)
+        model.lm_head.requires_grad_(True)
+        full = work_of(made(Qwen3Config))
+        assert work_of(model) == Work(full.token / 3, full.label, {None: full.pair[None] / 3})
+
+    @pytest.mark.parametrize(
+        ("config", "more"),
+        [
+            (Qwen3MoeConfig, {"num_experts_per_tok": 2}),
+            (Qwen2MoeConfig, {"num_experts_per_tok": 2, "shared_expert_intermediate_size": 48}),
+            (AriaTextConfig, {"moe_num_experts": 8, "moe_topk": 2, "pad_token_id": 0}),
+            (
+                Gemma4TextConfig,
+                {"enable_moe_block": True, "top_k_experts": 2, "global_head_dim": 16, "sliding_window": LENGTH}
+                | {"hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+            ),
+        ],
+    )
+    def test_experts_that_are_active(self, config, more):
+        model = made(config, **{**MOE, **more})
+        assert counted(model) == expected(work_of(model))
+
+    @pytest.mark.parametrize("config", [Gemma3Config, Gemma4Config])
+    @pytest.mark.parametrize("adapter", [False, True])
+    def test_towers_see_no_text(self, config, adapter):
+        text = {**SHAPE, "sliding_window": LENGTH, "pad_token_id": 0}
+        if config is Gemma4Config:
+            text |= {"global_head_dim": 16, "hidden_size_per_layer_input": 0}
+            text["layer_types"] = ["sliding_attention"] * 2 + ["full_attention"]
+        whole = config(text_config=text, vision_config=VISION)
+        model = AutoModelForCausalLM.from_config(whole, attn_implementation="eager")
+        if adapter:
+            model = lora(model)
+            model.enable_input_require_grads()
         assert counted(model) == expected(work_of(model))
 
     def test_a_trainer_scores_labels_alone_and_documents_apart(self):
         work = Work(token=10.0, label=100.0, pair={None: 1.0})
         assert work.of(np.array([3, 4])).tolist() == [30 + 6, 40 + 10]
+
+
+class TestUnknown:
+    """What is not known is not a number, and null where it is logged."""
+
+    def test_how_many_experts(self):
+        with torch.device("meta"):
+            model = made(DeepseekV2Config, n_routed_experts=4, num_experts_per_tok=None)
+        assert np.isnan(work_of(model).token) and not np.isnan(work_of(model).label)
+
+    def test_experts_by_all_their_names(self):
+        assert experts_of(DbrxConfig(ffn_config={"moe_num_experts": 16, "moe_top_k": 4})) == (16, 4)
+        assert experts_of(HunYuanMoEV1Config(num_experts=8, moe_topk=[2, 2])) == (8, 2)
+        assert np.isnan(experts_of(HunYuanMoEV1Config(num_experts=8, moe_topk=[2, 1]))[1])
+        assert np.isnan(experts_of(Qwen3Config())).all()
+
+    @pytest.mark.parametrize("config", [FalconH1Config, DeepseekV32Config])
+    def test_layers_that_attend_in_some_other_way(self, config):
+        assert np.isnan(attention(config(num_hidden_layers=2))[None])
+
+    def test_towers_in_a_text_model(self):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(GitConfig(num_hidden_layers=2))
+        assert np.isnan(work_of(model).token)
+
+    def test_layers_that_are_not_gone_through_once_each(self):
+        model = made(Qwen3Config)
+        model.config.num_hidden_layers = 6
+        assert np.isnan([work_of(model).token, work_of(model).label]).all()
 
 
 class TestAttention:

@@ -17,11 +17,15 @@ from datasets import Dataset
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-# FLOPs of a weight for each token: a multiplication and an addition in the forward pass, as many for the gradient of
-# what goes in, and as many for that of the weight, which a frozen one has not.
-TRAINED, FROZEN = 6, 4
+# FLOPs of a weight for each token: a multiplication and an addition in the forward pass. The gradient of what goes in
+# takes as many, if anything before it is trained, and so does that of the weight, if it is trained itself.
+PRODUCT = 2
 ATTENTION = {"full_attention": None, "attention": None, "sliding_attention": "sliding_window"}
 ATTENTION |= {"chunked_attention": "attention_chunk_size"}
+NO_ATTENTION = ("linear_attention", "mamba", "recurrent", "conv", "moe", "mlp")  # kinds of layers that have none
+# Names, by config, of how many experts there are and through how many of them a token goes.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+ACTIVE = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 # Dense TFLOP/s of matrix units in bfloat16, float16, TF32 and of float32, by the name that the driver gives a device.
 # From the data sheets of NVIDIA (A100, A30, A10, A40, H100, H200, GH200, HGX B200, L4, L40, L40S, T4, V100; halved
 # where they count sparsity) and of AMD (MI210, MI250, MI300X, MI325X; an MI250 is two devices), and for GeForce from
@@ -78,61 +82,109 @@ def pairs(lengths: np.ndarray, window: int | None = None) -> np.ndarray:
 
 
 def work_of(model: PreTrainedModel) -> Work:
-    """What a model computes, an adapter included: frozen weights have no gradient of their own."""
-    config = model.config.get_text_config()
-    head = model.get_output_embeddings()
-    inside = {id(module) for module in head.modules()} if head is not None else set()
+    """What a model computes on text, an adapter included.
+
+    Frozen weights have no gradient of their own; below the first layer that is trained nothing has any. Not a number
+    where there is no list of all layers (some models go through theirs again), where a text model has towers in it,
+    and where `products` and `attention` give none.
+    """
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    decoder = model if config is model.config else model.get_decoder()
+    models = (module for module in decoder.modules() if isinstance(module, PreTrainedModel))
+    layers = layers_of(decoder, getattr(config, "num_hidden_layers", 0))
+    if not layers or any(type(each.config) is not type(config) for each in models):
+        return Work(math.nan, math.nan, {None: math.nan})
+    heads = set(head.modules()) if head is not None else set()
+    text = set(decoder.modules()) | heads  # not the towers, nor what fits in what comes from them
+    lowest = first_trained(text - heads, layers)
     token = label = 0.0
-    for module, shape, trained, share in products(model, config):
-        flops = share * math.prod(shape) * (TRAINED if trained else FROZEN)
-        if id(module) in inside:
+    for module, shape, trained, share in products(model, text, layers):
+        gradients = (layers.get(module, lowest) >= lowest) + trained
+        flops = share * math.prod(shape) * PRODUCT * (1 + gradients)
+        if module in heads:
             label += flops
         else:
             token += flops
-    return Work(token, label, attention(config))
+    return Work(token, label, attention(config, lowest))
+
+
+def layers_of(decoder: nn.Module, count: int) -> dict[nn.Module, int]:
+    """The modules in the layers of a decoder, with the number of their layer; none where no list is so long."""
+    lists = (each for each in decoder.modules() if isinstance(each, nn.ModuleList) and len(each) == count)
+    return {module: number for number, layer in enumerate(next(lists, ())) for module in layer.modules()}
+
+
+def first_trained(modules: set[nn.Module], layers: dict[nn.Module, int]) -> int:
+    """The first layer with weights that are trained, 0 where embeddings are; as many as there are where none is."""
+    found = [max(layers.values()) + 1]
+    for module in modules:
+        for weight in module.parameters(recurse=False):
+            if weight.requires_grad and (module in layers or len(shape_of(weight)) > 1):  # not a norm behind them
+                found.append(layers.get(module, 0))
+    return min(found)
 
 
 def products(
-    model: PreTrainedModel, config: PretrainedConfig
+    model: PreTrainedModel, text: set[nn.Module], layers: dict[nn.Module, int]
 ) -> Iterator[tuple[nn.Module, tuple[int, ...], bool, float]]:
-    """Weights that tokens are multiplied with: module, shape, whether it is trained, and the share of tokens.
+    """Weights in `text` that tokens are multiplied with: module, shape, whether it is trained, the share of tokens.
 
-    A token goes through `num_experts_per_tok` of the experts. Shapes are those of the whole weight, where DeepSpeed
-    has cut it up or bitsandbytes has packed it.
+    A token goes through some of the experts; how many is not a number where the config does not say it. Shapes are
+    those of the whole weight, where DeepSpeed has cut it up or bitsandbytes has packed it.
     """
-    experts = next((n for key in ("num_experts", "num_local_experts") if (n := getattr(config, key, None))), None)
-    active = (getattr(config, "num_experts_per_tok", None) or 1) / experts if experts else 1.0
+    counts = [experts_of(layer) for layer in model.config.get_text_config().per_layer_config]
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) or "original_module" in name.split("."):  # PEFT's, of one trained in full
+        if module not in text or isinstance(module, nn.Embedding):
+            continue
+        if "original_module" in name.split("."):  # PEFT's, of one trained in full
             continue
         for own, weight in module.named_parameters(recurse=False):
-            shape = tuple(getattr(weight, "ds_shape", weight.shape))
+            shape = shape_of(weight)
             if isinstance(module, nn.Linear) and own == "weight":
                 shape = (module.out_features, module.in_features)
             if len(shape) < 2 or own.endswith("bias"):
                 continue
+            experts, active = counts[layers[module]] if module in layers else (math.nan, math.nan)
             routed = "experts" in name.split(".") or (len(shape) == 3 and shape[0] == experts)
-            yield module, shape, weight.requires_grad, active if routed else 1.0
+            yield module, shape, weight.requires_grad, active / experts if routed else 1.0
 
 
-def attention(config: PretrainedConfig) -> dict[int | None, float]:
-    """FLOPs of a pair of tokens in all layers, by window: scores and weighted values, once forward, twice backward.
+def shape_of(weight: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a whole weight, of which DeepSpeed may have left a part here."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
 
-    Not a number where the config does not say how many heads there are.
+
+def experts_of(config: PretrainedConfig) -> tuple[float, float]:
+    """How many experts there are in a layer, and through how many of them a token goes; not a number if unknown."""
+    found = []
+    for names in (EXPERTS, ACTIVE):
+        said = [getattr(each, name, None) for each in (config, getattr(config, "ffn_config", None)) for name in names]
+        counts = {count for each in said if each for count in (each if isinstance(each, list) else [each])}
+        found.append(counts.pop() if len(counts) == 1 else math.nan)
+    return found[0], found[1]
+
+
+def attention(config: PretrainedConfig, lowest: int = 0) -> dict[int | None, float]:
+    """FLOPs of a pair of tokens in all layers, by window: scores and weighted values, once forward, and from layer
+    `lowest` on twice backward.
+
+    Not a number where the config does not say how many heads there are, or where layers attend in some other way.
     """
     window = getattr(config, "sliding_window", None)
     alike = "full_attention" if window is None else "sliding_attention"
     types = getattr(config, "layer_types", None) or [alike] * config.num_hidden_layers
     found: Counter = Counter()
     for number, kind in enumerate(types):
+        layer = config.per_layer_config[number]  # of Gemma 4, heads of some layers are wider
         if kind in ATTENTION:
-            layer = config.per_layer_config[number]  # of Gemma 4, heads of some layers are wider
-            found[window_of(kind, layer)] += of_layer(layer)
+            found[window_of(kind, layer)] += of_layer(layer) / (1 if number >= lowest else 3)
+        elif kind not in NO_ATTENTION:
+            found[None] = math.nan
     return dict(found)
 
 
 def of_layer(config: PretrainedConfig) -> float:
-    """FLOPs of a pair of tokens in a layer."""
+    """FLOPs of a pair of tokens in a layer, forward and backward."""
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):
         return math.nan
