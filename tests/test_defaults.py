@@ -69,7 +69,7 @@ def test_a_recipe_leaves_open_what_it_does_not_say():
 def test_what_is_settled_is_said_with_its_reason(config, caplog):
     args = arguments()
     with caplog.at_level(logging.INFO):
-        settle(args, ModelConfig(), config, part(), 512, by_document=True)
+        settle(args, ModelConfig(), config, part(), 512, why_not="")
     assert (args.padding_free, args.activation_checkpointing, args.dataloader_num_workers) == (True, False, 0)
     assert args.gradient_checkpointing is False
     assert [record.message.partition(":")[0] for record in caplog.records] == sorted(OPEN)
@@ -79,23 +79,23 @@ def test_what_is_settled_is_said_with_its_reason(config, caplog):
 def test_what_a_recipe_says_stands(config, caplog):
     args = arguments(padding_free=False, activation_checkpointing=True, dataloader_num_workers=3)
     with caplog.at_level(logging.INFO):
-        settle(args, ModelConfig(), config, part(), 512, by_document=True)
+        settle(args, ModelConfig(), config, part(), 512, why_not="")
     assert (args.padding_free, args.activation_checkpointing, args.dataloader_num_workers) == (False, True, 3)
     assert caplog.records == []
 
 
 @pytest.mark.parametrize(
-    ("values", "by_document", "why"),
+    ("values", "why_not", "why"),
     [
-        ({"packing": True}, True, "rows are packed"),
-        ({"per_device_train_batch_size": 1}, True, "a batch is one row"),
-        ({}, False, "attention would compare all pairs"),
+        ({"packing": True}, "", "rows are packed"),
+        ({"per_device_train_batch_size": 1}, "", "a batch is one row"),
+        ({}, "sdpa would compare all pairs", "sdpa would compare all pairs"),
     ],
 )
-def test_rows_are_padded_where_nothing_is_gained(config, caplog, values, by_document, why):
+def test_rows_are_padded_where_nothing_is_gained(config, caplog, values, why_not, why):
     args = arguments(**values)
     with caplog.at_level(logging.INFO):
-        settle(args, ModelConfig(), config, part(), 512, by_document)
+        settle(args, ModelConfig(), config, part(), 512, why_not)
     assert args.padding_free is False
     assert f"padding_free: false by default: {why}" in caplog.text
 
@@ -151,8 +151,8 @@ class TestCheckpointing:
             "plan_memory",
             lambda _, __, ___, args, *_____: flat.append(keeps_documents(args)) or {"total": 1},
         )
-        settle(arguments(), ModelConfig(), config, part(), 512, False)
-        settle(arguments(), ModelConfig(), config, part(), 512, True)
+        settle(arguments(), ModelConfig(), config, part(), 512, "sdpa would")
+        settle(arguments(), ModelConfig(), config, part(), 512, "")
         assert flat == [False, True]
 
     def test_a_cpu_that_nobody_named_is_known(self, monkeypatch):

@@ -36,18 +36,18 @@ def settle(
     config: PreTrainedConfig,
     train: "Part",
     vocabulary: int,
-    by_document: bool,
+    why_not: str,
 ) -> None:
     """Settle what the recipe leaves open (`args.unsettled`, which is empty then), in `args`.
 
-    `by_document` says that attention tells rows laid end to end apart at no cost (`attention.Choice`), `vocabulary` is
-    the number of the model's tokens.
+    `why_not` says why attention does not tell rows laid end to end apart at no cost (`attention.Choice`), empty where
+    it does; `vocabulary` is the number of the model's tokens.
     """
     asked = set(args.unsettled) if args.process_index == 0 else set()
     shares = gather_object([(platform.node(), cores_here())]) if "dataloader_num_workers" in args.unsettled else []
     found: dict[str, tuple[Any, str]] = {}  # values, and why: empty for what only goes with another
     if "padding_free" in asked:
-        found["padding_free"] = padding_free(args, train, by_document)
+        found["padding_free"] = padding_free(args, train, why_not)
         args.padding_free = found["padding_free"][0]  # which memory depends on
         args.unsettled.discard("padding_free")
     if "activation_checkpointing" in asked:
@@ -68,15 +68,15 @@ def settle(
     args.unsettled = set()
 
 
-def padding_free(args: "SFTConfig", train: "Part", by_document: bool) -> tuple[bool, str]:
+def padding_free(args: "SFTConfig", train: "Part", why_not: str) -> tuple[bool, str]:
     """Whether rows are laid end to end, and why."""
     total = train.ledger["total"]
     if args.packing:
         return False, "rows are packed"
     if args.per_device_train_batch_size == 1:
         return False, "a batch is one row, which needs no padding"
-    if not by_document:
-        return False, "attention would compare all pairs of tokens of a batch that is one long row"
+    if why_not:
+        return False, why_not
     return True, f"without it {total['padding_share']:.1%} of a batch of {total['batch']} rows would be padding"
 
 

@@ -123,7 +123,7 @@ def run(recipe: Recipe, stop: Stop) -> int:
     prompts = prompts_of(training_args, tokenizer)
     prepared = prepare(script_args, training_args, tokenizer)
     wait_for_all("the data")
-    settle(training_args, model_args, config, prepared.train, len(tokenizer), attention.by_document)
+    settle(training_args, model_args, config, prepared.train, len(tokenizer), attention.why_not)
     order = order_of(prepared.train, training_args)
 
     findings, plan = preflight.check(training_args, model_args, config, tokenizer, prepared)
