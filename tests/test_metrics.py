@@ -519,6 +519,14 @@ class TestNames:
             assert re.fullmatch(r"[/\w.\- :]*", key, re.ASCII), key  # what MLflow takes
             assert posixpath.normpath(key) == key and len(key) <= 250
 
+    def test_one_name_is_one_source_in_all_parts_and_another_is_another(self, argv, sources, tmp_path):
+        assert metric_names(["物理", "same", "数学", "same"]) == ["__", "same", "__ 2", "same"]
+        sets = [json.dumps({"id": str(sources / "d.jsonl"), "name": name}) for name in ("b [new]", "texts")]
+        data, _ = prepared(argv(tmp_path, eval_datasets=sets, eval_strategy="epoch"))
+        keys = [{entry["source"]: entry["metric"] for entry in part.ledger["sources"]} for part in data.parts.values()]
+        assert keys[0] == {"talk/a": "talk/a", "b (new)": "b _new_", "texts": "texts"}
+        assert keys[1] == {"b [new]": "b _new_ 2", "texts": "texts"}
+
     def test_a_tracker_that_keeps_files_gets_no_folders(self, tmp_path):
         class DVCLiveCallback(TrainerCallback):
             def on_log(self, args, state, control, logs=None, **kwargs):

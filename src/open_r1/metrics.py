@@ -172,8 +172,8 @@ class Meter:
         device: torch.device,
         gather: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        self.names = metric_names(part.sources)
-        self.tested = metric_names(tested.sources) if tested is not None else []
+        self.names = [entry["metric"] for entry in part.ledger["sources"]]
+        self.tested = [entry["metric"] for entry in tested.ledger["sources"]] if tested is not None else []
         self.lengths, self.flops = part.lengths, flops_of_rows(work, part.rows, part.lengths)
         self.work, self.peak, self.device, self.gather = work, peak, device, gather
         self.exact = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs have not
@@ -318,14 +318,14 @@ class Meter:
 
 
 def metric_names(sources: list[str]) -> list[str]:
-    """Names of sources as they stand in keys, each once.
+    """What stands in keys for each of the sources of all parts; equal names are one source, others get others.
 
     Trackers read `/` as folders, and MLflow takes letters, digits and `_-. :/` alone, no empty folder and no `..`: any
     other character becomes `_`. Names that come to the same are numbered, also where a tracker has no folders.
     """
-    names: list[str] = []
+    names: dict[str, str] = {}
     seen: set[str] = set()
-    for source in sources:
+    for source in dict.fromkeys(sources):
         text = re.sub(r"[^0-9A-Za-z_.\- :/]", "_", source.replace(" #", " "))[-LONGEST:]
         bare = name = "/".join(part for part in text.split("/") if part.strip(" .")) or "_"
         number = 1
@@ -333,8 +333,8 @@ def metric_names(sources: list[str]) -> list[str]:
             number += 1
             name = f"{bare} {number}"
         seen.add(name.replace("/", ".").lower())
-        names.append(name)
-    return names
+        names[source] = name
+    return [names[source] for source in sources]
 
 
 def evened(tested: "Part", batch: int) -> Dataset:

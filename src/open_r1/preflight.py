@@ -30,7 +30,6 @@ from open_r1.chat import end_of_turn
 from open_r1.errors import UserError
 from open_r1.findings import LEVELS, Finding, as_text, has_errors
 from open_r1.memory import device_memory, plan_memory, state_bytes
-from open_r1.metrics import metric_names
 from open_r1.model import adapter_base, adapter_config, planned_dtype, settle_generation, skeleton
 from open_r1.preparation import Part, Prepared
 
@@ -240,7 +239,7 @@ def first_rows(part: Part) -> Iterator[tuple[Any, Any]]:
 def best_metric(prepared: Prepared, args: "SFTConfig") -> Iterator[Finding]:
     """A best model that is told by the loss on data that nothing evaluates on."""
     said = args.metric_for_best_model or ""
-    known = [f"eval_loss/{name}" for name in metric_names(prepared.eval.sources)] if prepared.eval else []
+    known = [f"eval_loss/{entry['metric']}" for entry in prepared.eval.ledger["sources"]] if prepared.eval else []
     if said.removeprefix("eval_").startswith("loss/") and f"eval_{said.removeprefix('eval_')}" not in known:
         found = ", ".join(["eval_loss", *known]) if known else "nothing: set eval_strategy"
         yield Finding("error", f"metric_for_best_model: {said} is not measured", f"what is evaluated is {found}")

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from open_r1 import ledger
 from open_r1.data import Source, asks_nothing, excerpt_of, load_sources, places_of
 from open_r1.errors import UserError
+from open_r1.metrics import metric_names
 from open_r1.mixture import columns_of, draw, in_proportion, numbered, split
 from open_r1.packing import packed
 from open_r1.run_state import RUN_STATE
@@ -134,6 +135,9 @@ def prepare(
     prepared.train.ledger["asked_in_eval"] = int(in_both.sum())
     if others:
         prepared.eval = assemble("eval", others, test, args, packing)
+    entries = [entry for part in prepared.parts.values() for entry in part.ledger["sources"]]
+    for entry, name in zip(entries, metric_names([entry["source"] for entry in entries]), strict=True):
+        entry["metric"] = name
     if args.process_index == 0 and not (args.dry_run and Path(args.output_dir, RUN_STATE).exists()):  # a run's own
         write_rejected(args.output_dir, prepared)
     for part in prepared.parts.values():
