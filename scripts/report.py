@@ -4,7 +4,7 @@
 
 RUN is an output directory, also of a run that is still going or was killed. Without --out the page is RUN/report.html,
 of several runs comparison.html; where two runs part, step by step, says compare_runs.py. Exit code 2: a run cannot be
-read.
+read, or the page not written.
 """
 
 import argparse
@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 2
+    sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8
     print(path)
     return 0
 

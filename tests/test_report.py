@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -333,6 +334,39 @@ def test_a_run_that_has_only_begun(tmp_path):
     assert "running" in page.text
     [figure] = page.figures
     assert (figure["series"][0]["x"], figure["series"][0]["y"]) == ([1], [2.5])
+
+
+def made_up(folder, lines=(), **files):
+    """The directory of a run that holds these lines of metrics.jsonl and, by name, JSON values or texts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_jsonl(folder / "metrics.jsonl", lines)
+    for name, said in {"run_state.json": {"status": "running"}, **files}.items():
+        (folder / name).write_text(said if isinstance(said, str) else json.dumps(said))
+    return folder
+
+
+def test_a_page_that_cannot_be_written_is_named(tmp_path, capsys):
+    out, page = made_up(tmp_path / "run"), tmp_path / "no" / "x.html"
+    said = f"{page}: there is no folder {page.parent}; make it, or name another page with --out"
+    for runs in ([out], [out, made_up(tmp_path / "other")]):
+        assert script.main([*map(str, runs), "--out", str(page)]) == 2
+        assert capsys.readouterr().err.strip() == said
+    (out / "report.html").mkdir()
+    assert script.main([str(out)]) == 2
+    error = capsys.readouterr().err
+    assert str(out / "report.html") in error and "partial" not in error
+
+
+def test_names_of_directories_need_not_be_utf_8(tmp_path):
+    runs = [made_up(tmp_path / name, [{"step": 1, "loss": 2.0}]) for name in ("a", os.fsdecode(b"b\xff"))]
+    for argv in ([*runs, "--out", tmp_path / "both.html"], runs[1:]):
+        command = [sys.executable, ROOT / "scripts" / "report.py", *argv]
+        told = subprocess.run(
+            command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"}, timeout=120
+        )
+        assert told.returncode == 0, told.stderr
+        path = os.fsdecode(told.stdout.rstrip(b"\n"))
+        assert "b<U+DCFF>" in Page(path).text
 
 
 def test_no_run_is_a_users_mistake(tmp_path):

@@ -89,17 +89,25 @@ def write(output_dir: str | Path, out: Path | None = None) -> Path:
     run = read_run(Path(output_dir))
     reason = run.state.get("reason")
     note = f"as of {run.state.get('updated', 'unknown')}{f': {reason}' if reason else ''}"
-    path = out or Path(output_dir) / REPORT
-    write_whole(path, page(run.name, headlines(run), note, sections_of(run)), durable=False)
-    return path
+    return put(out or Path(output_dir) / REPORT, page(run.name, headlines(run), note, sections_of(run)))
 
 
 def write_comparison(paths: list[Path], out: Path) -> Path:
     """Write one page that compares several runs; returns where. Raises `UserError` and `OSError`."""
     runs = {name: read_run(path) for name, path in zip(told_apart(paths), paths, strict=True)}
-    note = "; ".join(f"{name}: {path}" for name, path in zip(runs, paths, strict=True))
-    write_whole(out, page(f"{len(runs)} runs", {}, note, sections_of_several(runs)), durable=False)
-    return out
+    note = "; ".join(f"{name}: {cleaned(str(path))}" for name, path in zip(runs, paths, strict=True))
+    return put(out, page(f"{len(runs)} runs", {}, note, sections_of_several(runs)))
+
+
+def put(path: Path, text: str) -> Path:
+    """Write a page whole; returns where. Raises `UserError` without its folder, and `OSError` with its own name."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}; make it, or name another page with --out")
+    try:
+        write_whole(path, text, durable=False)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return path
 
 
 def told_apart(paths: list[Path]) -> list[str]:
