@@ -19,7 +19,7 @@ import report as script
 from conftest import ROOT, losses, settings, write_jsonl
 from huggingface_hub.utils import filter_repo_objects
 
-from open_r1 import figures, report, run_tables
+from open_r1 import figures, report, run_files, run_tables
 from open_r1.callbacks import PUSHED, Report
 from open_r1.errors import UserError
 from open_r1.ledger import histogram_of, last_in_bin
@@ -345,6 +345,221 @@ def made_up(folder, lines=(), **files):
     return folder
 
 
+def entry_of(source, **more):
+    """A source as ledger.json has it."""
+    return {"source": source, "lengths": {"max": 9}, "dropped": {}, "histogram": {"8": 1}, **more}
+
+
+def part_of(*entries):
+    """A part of the data as ledger.json has it."""
+    return {"sources": [*entries], "total": entry_of("all"), "in_proportion": False}
+
+
+class TestLongRuns:
+    def test_only_what_is_shown_is_made_fit_to_be_shown(self, tmp_path, monkeypatch):
+        for name in ("rejected.jsonl", "loss_spikes.jsonl"):
+            write_jsonl(tmp_path / name, [{"place": f"row {n}", "reason": "it is bad"} for n in range(3000)])
+        answers = [{"step": n, "prompt": "Who?", "text": "I", "tokens": 1, "stopped": True} for n in range(3000)]
+        write_jsonl(tmp_path / "samples.jsonl", answers)
+        cleaned, looked = [], []
+        visible, held = run_files.visible, run_files.held_secrets
+        monkeypatch.setattr(run_files, "visible", lambda text: cleaned.append(text) or visible(text))
+        monkeypatch.setattr(run_files, "held_secrets", lambda: looked.append(1) or held())
+        page = Page(report.write(made_up(tmp_path)))
+        assert page.text.count("the first 8 of 3,000 lines") == 2 and "8 of 3000 steps" in page.text
+        assert "row 7" in page.text and "row 8" not in page.text
+        assert len(cleaned) < 200 and len(looked) < 20
+
+    def test_lines_are_counted_though_the_last_is_not_whole(self, tmp_path):
+        write_jsonl(tmp_path / "some.jsonl", [{"row": n} for n in range(10)])
+        assert run_files.first_lines(tmp_path / "some.jsonl") == ([(n + 1, {"row": n}) for n in range(8)], 10)
+        (tmp_path / "few.jsonl").write_text('{"row": 0}\nnone\n{"row": 1}\n{"ro')
+        assert run_files.first_lines(tmp_path / "few.jsonl") == ([(1, {"row": 0}), (3, {"row": 1})], 2)
+        assert run_files.first_lines(tmp_path / "no.jsonl") == ([], 0)
+
+    def test_stacked_series_have_their_points_in_common(self, tmp_path):
+        draw, keys = random.Random(0), ("compute_seconds", "data_seconds", "other_seconds")
+        lines = [{"step": n, "loss": 9 - n / 1000, **{key: draw.random() for key in keys}} for n in range(3, 5003)]
+        lines[1000]["data_seconds"], lines[2000]["other_seconds"] = None, 77.0
+        page = Page(report.write(made_up(tmp_path, lines)))
+        figure = next(figure for figure in page.figures if figure["title"] == "Seconds of a step")
+        x, *others = (series["x"] for series in figure["series"])
+        assert others == [x, x] and 600 < len(x) <= 1000 and 1003 not in x and 2003 in x
+        for series in figure["series"]:
+            assert series["y"] == [lines[step - 3][series["key"]] for step in x]
+        for figure in page.figures:
+            assert {(series["x"][0], series["x"][-1]) for series in figure["series"]} == {(3, 5002)}
+        summary = next(value for tag, name, value in page.attributes if name == "aria-label" and "Loss:" in value)
+        assert summary == "Loss: train from 8.997 at step 3 to 3.998 at step 5002"
+
+
+class TestSources:
+    LINES = (
+        {"step": 2, "loss": 2.0, "loss/__": 1.25, "loss/same": 4.0},
+        {"step": 2, "eval_loss": 3.0, "eval_loss/__ 2": 3.5, "eval_loss/same": 4.5},
+        {"step": 2, "train_runtime": 1.0, "train_loss/__": 1.25, "train_loss/same": 4.0},
+    )
+
+    def test_they_are_shown_by_their_names(self, tmp_path):
+        train = part_of(entry_of("物理", metric="__"), entry_of("same", metric="same"))
+        evaluated = part_of(entry_of("数学", metric="__ 2"), entry_of("same", metric="same"))
+        out = made_up(tmp_path, self.LINES, **{"ledger.json": {"train": train, "eval": evaluated}})
+        losses = next(figure for figure in Page(report.write(out)).figures if figure["title"] == "Loss by source")
+        assert {series["name"]: (series["color"], series["y"]) for series in losses["series"]} == {
+            "物理": (0, [1.25]),
+            "same": (1, [4.0]),
+            "数学 (eval)": (2, [3.5]),
+            "same (eval)": (1, [4.5]),
+        }
+        [table] = [table for table in run_tables.totals(report.read_run(out)) if table.title == "Loss by source"]
+        assert [[cell.text for cell in line] for line in table.lines] == [
+            ["物理", "1.25", "", "", ""],
+            ["same", "4", "", "4.5", ""],
+            ["数学", "", "", "3.5", ""],
+        ]
+
+    @pytest.mark.parametrize("files", [{}, {"ledger.json": {"train": part_of(entry_of("物理"))}}])
+    def test_a_run_whose_ledger_has_no_keys_is_shown_by_them(self, tmp_path, files):
+        page = Page(report.write(made_up(tmp_path, self.LINES, **files)))
+        losses = next(figure for figure in page.figures if figure["title"] == "Loss by source")
+        assert [series["name"] for series in losses["series"]] == ["__", "same", "__ 2 (eval)", "same (eval)"]
+
+    def test_a_run_keeps_those_of_train_and_evaluation_apart(self, argv, conversations, tmp_path):
+        sources = [write_jsonl(tmp_path / f"{n}.jsonl", conversations[20 * n : 20 * n + 20]) for n in range(2)]
+        mixture = {"datasets": [{"id": sources[0], "name": "物理"}]}
+        tested = json.dumps({"id": sources[1], "name": "数学"})
+        values = {"dataset_mixture": mixture, "eval_datasets": tested, "sample_prompts": None, "max_steps": 2}
+        assert main(argv(tmp_path / "run", **values)) == 0
+        table = run_tables.totals(report.read_run(tmp_path / "run"))[1]
+        assert [[bool(cell.text) for cell in line] for line in table.lines] == [
+            [True, True, True, False, False],
+            [True, False, False, True, True],
+        ]
+        assert [line[0].text for line in table.lines] == ["物理", "数学"]
+
+
+class TestUnfinishedRuns:
+    def test_speeds_are_those_of_the_run_so_far(self, run, tmp_path):
+        out = shutil.copytree(run, tmp_path / "cut", ignore=shutil.ignore_patterns("checkpoint-*", "*.safetensors"))
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        write_jsonl(out / "metrics.jsonl", [line for line in lines if "train_runtime" not in line])
+        found, whole = (run_tables.headlines(report.read_run(each)) for each in (out, run))
+        last = [line for line in lines if "loss" in line][-1]
+        spent = sum(line["step_seconds"] for line in lines if "step_seconds" in line)  # of one step each
+        assert found["tokens/s per device"].raw == pytest.approx(last["real_tokens"] / spent)
+        assert found["supervised tokens/s per device"].raw == pytest.approx(last["supervised_tokens"] / spent)
+        assert found["padding"].raw == pytest.approx(whole["padding"].raw)
+        assert found["padding"].source == "metrics.jsonl: mean of padding_share"
+
+    def test_windows_weigh_what_they_took(self, tmp_path):
+        first = {"step": 1, "step_seconds": 4.0, "real_tokens_per_second": 100.0, "padded_tokens": 10}
+        second = {"step": 11, "step_seconds": 0.6, "real_tokens_per_second": 200.0, "padded_tokens": 100}
+        windows = [{**first, "padding_share": 0.5}, {"step": 1, "eval_loss": 2.0}, {**second, "padding_share": 0.1}]
+        found = run_tables.headlines(report.read_run(made_up(tmp_path, windows)))
+        assert found["tokens/s per device"].raw == pytest.approx((100 * 4 + 200 * 6) / 10)
+        assert found["padding"].raw == pytest.approx((0.5 * 10 + 0.1 * 90) / 100)
+
+    def test_the_last_window_is_called_so_where_they_cannot_be_weighed(self, tmp_path):
+        lines = [{"step": n, "real_tokens_per_second": 100.0 * n, "padding_share": 0.1 * n} for n in (1, 2)]
+        found = run_tables.headlines(report.read_run(made_up(tmp_path, lines)))
+        assert found["tokens/s per device"].text == "200 in the last window"
+        assert found["padding"].text == "20.0% in the last window"
+        assert found["padding"].source == "metrics.jsonl:2#padding_share"
+
+    def test_a_number_that_is_none_any_more_is_not_passed_over(self, tmp_path):
+        lines = [
+            {"step": 1, "loss": 2.5, "mfu": None},
+            {"step": 1, "eval_loss": 2.0, "eval_loss/a": 2.0},
+            {"step": 2, "loss": None, "mfu": None},
+            {"step": 2, "eval_loss": None, "eval_loss/a": None},
+        ]
+        run = report.read_run(made_up(tmp_path, lines))
+        found = run_tables.headlines(run)
+        assert found["loss at last"] == ("not a number", None, "metrics.jsonl:3#loss")
+        assert found["evaluation loss at last"] == ("not a number", None, "metrics.jsonl:4#eval_loss")
+        assert found["evaluation loss at best"].text == "2" and "MFU" not in found
+        assert run_tables.totals(run)[0].lines[0][3].text == "not a number"
+        none = report.read_run(made_up(tmp_path / "none", [{"step": 1, "loss": None}]))
+        assert run_tables.headlines(none)["loss at last"].text == "not a number"
+
+    def test_one_that_goes_on_is_said_to_run_where_it_does(self, tmp_path):
+        state = {"hardware": {"gpu": "new"}, "versions": {"torch": "9.9"}, "code": {"digest": "beef"}}
+        old = {"hardware": {"gpu": "old"}, "versions": {"torch": "1.0"}, "code": {"digest": "cafe"}}
+        runs = {}
+        for status in ("running", "failed", "preempted", "complete"):
+            files = {"run_state.json": {"status": status, **state}, "manifest.json": old}
+            runs[status] = report.read_run(made_up(tmp_path / status, **files))
+            said = [(table.source, table.lines[0][1].text) for table in run_tables.about(runs[status])]
+            file, words = ("manifest.json", old) if status == "complete" else ("run_state.json", state)
+            assert said == [(f"{file}: {title}", next(iter(words[title].values()))) for title in words]
+        [hardware] = run_tables.differing({status: runs[status] for status in ("running", "complete")})
+        assert [cell.text for cell in hardware.lines[0]] == ["gpu", "new", "old"]
+
+
+def test_prompts_of_one_text_are_told_apart(tmp_path):
+    write_jsonl(
+        tmp_path / "samples.jsonl",
+        [
+            {"step": step, "prompt": prompt, "text": text, "tokens": 1, "stopped": True}
+            for step in (0, 2)
+            for prompt, text in (("Who?", f"plain {step}"), ("Other?", "x"), ("Who?", f"with tools {step}"))
+        ],
+    )
+    run = report.read_run(made_up(tmp_path))
+    shown = [
+        (said["prompt"], said["order"], [each["text"] for each in said["said"]])
+        for said in run_tables.generations(run)
+    ]
+    assert shown == [
+        ("Who?", 1, ["plain 0", "plain 2"]),
+        ("Other?", 1, ["x", "x"]),
+        ("Who?", 2, ["with tools 0", "with tools 2"]),
+    ]
+    assert " (2)" in Page(report.write(tmp_path)).text
+
+
+BROKEN = [
+    ("recipe.yaml", "a: [1", "line 1: not valid YAML: "),
+    ("recipe.yaml", "- a", "settings are to be key: value; found ['a']"),
+    ("recipe.yaml", "a: 2020-13-45", "not valid YAML: month must be in 1..12"),
+    ("recipe.yaml", "a: &a [*a]", "not valid YAML"),
+    ("ledger.json", {"train": {}}, "train lacks sources; found {}"),
+    ("ledger.json", {"train": []}, "train is to be an object; found []"),
+    ("ledger.json", {"eval": part_of(entry_of(3))}, "eval/sources/0/source is to be a text; found 3"),
+    ("ledger.json", {"eval": part_of(entry_of("a", histogram={"b": 1}))}, "histogram is to have numbers as keys"),
+    ("ledger.json", {"train": part_of(entry_of("a", dropped={"b": "c"}))}, "dropped/b is to be a number; found 'c'"),
+    ("run_state.json", [], "it is to be an object; found []"),
+    ("run_state.json", {"device_seconds": 3}, "device_seconds is to be an object; found 3"),
+    ("manifest.json", "null", "it is to be an object; found None"),
+    ("manifest.json", {"versions": []}, "versions is to be an object; found []"),
+    ("train_samples.json", {"a": 1}, "it is to be a list; found {'a': 1}"),
+    (
+        "train_samples.json",
+        [{"source": "a", "samples": [{"title": "b", "stretches": [["c"]]}]}],
+        "0/samples/0/stretches/0 is to be a list of 2; found ['c']",
+    ),
+]
+
+
+@pytest.mark.parametrize(("file", "said", "found"), BROKEN)
+def test_a_file_that_no_run_writes_is_named(tmp_path, capsys, caplog, file, said, found):
+    out = made_up(tmp_path / "run", **{file: said})
+    assert script.main([str(out)]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"{out / file}: ") and found in line and "bring back the file as the run wrote it" in line
+    assert ("move it away" in line) == (file != "run_state.json")
+    report.try_to_write(str(out))
+    assert found in caplog.text and "Traceback" not in caplog.text
+
+
+def test_values_that_are_none_of_ours_are_shown_as_they_are(tmp_path):
+    entry = entry_of("a", rows_in={"b": "c"}, tokens=None)
+    files = {"ledger.json": {"train": part_of(entry), "later": 1}, "run_state.json": {"device_seconds": None}}
+    files["samples.jsonl"] = '{"prompt": 1, "text": 2}\n[]\n{"step": {}, "text": null, "prompt": []}'
+    files["rejected.jsonl"] = '{"place": null, "reason": 3}'
+    assert script.main([str(made_up(tmp_path, [{"step": 1, "loss": "x", "epoch": [1]}], **files))]) == 0
+
+
 def test_a_page_that_cannot_be_written_is_named(tmp_path, capsys):
     out, page = made_up(tmp_path / "run"), tmp_path / "no" / "x.html"
     said = f"{page}: there is no folder {page.parent}; make it, or name another page with --out"
@@ -539,6 +754,17 @@ class TestSeveralRuns:
         page = Page(report.write_comparison([two[0], other], tmp_path / "both.html"))
         assert "Versions that differ" in page.text and "0.9.0" in page.text and "accelerate" not in page.text
 
+    def test_settings_are_compared_by_value(self, tmp_path):
+        recipes = (
+            "logging_steps: 10.0\nlearning_rate: 1.0e-05\nlora: [1, 2.0]\npush: true\nseed: null\nnew: 1",
+            "logging_steps: 10\nlearning_rate: 0.00001\nlora: [1.0, 2]\npush: 1\noptim: adamw\nnew: 2",
+        )
+        runs = [made_up(tmp_path / str(n), **{"recipe.yaml": text}) for n, text in enumerate(recipes)]
+        [table] = run_tables.differing({path.name: report.read_run(path) for path in runs})
+        found = [[cell.text for cell in line] for line in table.lines]
+        assert found == [["push", "true", "1"], ["new", "1", "2"], ["optim", "", "adamw"]]
+        assert not run_tables.same(True, 1) and run_tables.same(1, 1.0) and not run_tables.same("1", 1)
+
     def test_one_run_again(self, two, tmp_path, capsys):
         out = shutil.copytree(two[1], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "*.safetensors"))
         (out / "report.html").unlink()
@@ -561,14 +787,17 @@ def at_or_nan(folder, source):
 
 
 @pytest.mark.parametrize("size", [1, 999, 1000, 1001, 5000, 123_457])
-def test_thinning_keeps_spikes_and_order(size):
+@pytest.mark.parametrize("columns", [1, 3])
+def test_thinning_keeps_both_ends_spikes_and_order(size, columns):
     draw = random.Random(size)
-    points = [(step, draw.random()) for step in range(size)]
-    points[size // 3] = (size // 3, 99.0)
-    points[size // 2] = (size // 2, -99.0)
-    kept = figures.thinned(points)
-    assert len(kept) <= 1000 and set(kept) <= set(points) and kept == sorted(kept)
-    assert points[size // 3] in kept and points[size // 2] in kept
+    series = [[draw.random() for _ in range(size)] for _ in range(columns)]
+    for number, values in enumerate(series):
+        values[size // (3 + number)], values[size // (2 + number) - size // 7] = 99.0, -99.0
+    kept = figures.thinned(series)
+    assert len(kept) <= 1000 and kept == sorted({*kept}) and kept[0] == 0 and kept[-1] == size - 1
+    assert len(kept) == size or len(kept) > 300
+    for values in series:
+        assert {values.index(max(values)), values.index(min(values))} <= {*kept}
 
 
 def test_bins_of_lengths():

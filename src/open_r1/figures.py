@@ -10,8 +10,18 @@ from typing import Any, NamedTuple
 from open_r1.ledger import Entry
 from open_r1.views import bars_of
 
-POINTS = 1000  # of a series; of more, those at both ends of every stretch stay
-Lines = list[tuple[int, dict[str, Any]]]  # of metrics.jsonl: the number of a line, counted from 1, and what it says
+POINTS = 1000  # of a series; of more, both ends stay, and the least and the greatest of every stretch
+
+
+class Column(NamedTuple):
+    """What `metrics.jsonl` says under a key: the lines, counted from 1, that have it, their steps, their values."""
+
+    lines: list[int]
+    steps: list[float]
+    values: list[Any]
+
+
+Metrics = dict[str, Column]
 
 
 class Series(NamedTuple):
@@ -104,60 +114,83 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def thinned(points: list[tuple[Any, float]], most: int = POINTS) -> list[tuple[Any, float]]:
-    """At most `most` of many points: of every stretch the least and the greatest, so that no spike is lost."""
-    if len(points) <= most:
-        return points
-    size = math.ceil(len(points) / (most // 2))
-    kept = []
-    for start in range(0, len(points), size):
-        stretch = range(start, min(start + size, len(points)))
-        kept += sorted({min(stretch, key=lambda at: points[at][1]), max(stretch, key=lambda at: points[at][1])})
-    return [points[at] for at in kept]
+def thinned(columns: list[list[float]], most: int = POINTS) -> list[int]:
+    """Places of at most `most` of many points over one x: both ends, and of every stretch the least and the greatest
+    of each column, so that no spike is lost."""
+    count = len(columns[0])
+    if count <= most:
+        return list(range(count))
+    size = math.ceil(count / ((most - 2) // (2 * len(columns))))
+    kept = {0, count - 1}
+    for start in range(0, count, size):
+        stretch = range(start, min(start + size, count))
+        for column in columns:
+            kept |= {min(stretch, key=column.__getitem__), max(stretch, key=column.__getitem__)}
+    return sorted(kept)
 
 
-def series_of(lines: Lines, key: str, name: str, color: int, aside: bool = False) -> list[Series]:
-    """The series of a key of metrics.jsonl over steps: one, or none where no line has a number of it."""
-    points = thinned([(line["step"], line[key]) for _, line in lines if is_number(line.get(key))])
-    if not points:
+def numbers_in(metrics: Metrics, key: str) -> list[int]:
+    """Where a column of metrics.jsonl has numbers; empty where there is no such column."""
+    return [at for at, value in enumerate(metrics[key].values) if is_number(value)] if key in metrics else []
+
+
+def series_of(metrics: Metrics, key: str, name: str, color: int, aside: bool = False) -> list[Series]:
+    """The series of a key of metrics.jsonl over steps, with all of its points: one, or none without a number."""
+    if not (places := numbers_in(metrics, key)):
         return []
-    x, y = zip(*points, strict=True)
-    return [Series(name, key, "metrics.jsonl", list(x), list(y), color, aside)]
+    x, y = ([column[at] for at in places] for column in (metrics[key].steps, metrics[key].values))
+    return [Series(name, key, "metrics.jsonl", x, y, color, aside)]
 
 
-def by_source(lines: Lines) -> Figure:
-    """Losses of each source: `loss/<source>`, and dashed those of the evaluation."""
-    keys = dict.fromkeys(key for _, line in lines for key in line if key.startswith(("loss/", "eval_loss/")))
-    sources = list(dict.fromkeys(key.partition("/")[2] for key in keys))
-    names = dict(zip(sources, short(sources), strict=True))
+def drawn(series: list[Series], stacked: bool = False) -> list[Series]:
+    """Series with the points that are plotted; stacked ones at steps that all have: plotly.js takes 0 for the rest."""
+    if not stacked or not series:
+        kept = [thinned([each.y]) for each in series]
+    else:
+        shared = set(series[0].x).intersection(*(each.x for each in series))
+        held = [{x: y for x, y in zip(each.x, each.y, strict=True) if x in shared} for each in series]
+        series = [each._replace(x=list(said), y=list(said.values())) for each, said in zip(series, held, strict=True)]
+        kept = [thinned([each.y for each in series])] * len(series)
+    return [
+        each._replace(x=[each.x[at] for at in places], y=[each.y[at] for at in places])
+        for each, places in zip(series, kept, strict=True)
+        if places
+    ]
+
+
+def by_source(metrics: Metrics, names: dict[str, str]) -> Figure:
+    """Losses of each source: `loss/<source>`, and dashed those of the evaluation; `names` by what stands in keys."""
+    shown = dict(zip(names, short(list(names.values())), strict=True))
     series = []
-    for key in keys:
-        name, evaluated = key.partition("/")[2], key.startswith("eval_")
-        title = names[name] + (" (eval)" if evaluated else "")
-        series += series_of(lines, key, title, sources.index(name), aside=evaluated)
-    return Figure("Loss by source", series, format=".4~f")
+    for key in metrics:
+        kind, _, source = key.partition("/")
+        if source in shown and kind in ("loss", "eval_loss"):
+            name = shown[source] + (" (eval)" if kind == "eval_loss" else "")
+            series += series_of(metrics, key, name, list(shown).index(source), aside=kind == "eval_loss")
+    return Figure("Loss by source", drawn(series), format=".4~f")
 
 
-def figures_of(lines: Lines) -> list[Figure]:
-    """The figures of a run; those of which nothing was logged are left out."""
+def figures_of(metrics: Metrics, names: dict[str, str]) -> list[Figure]:
+    """The figures of a run with `names` of its sources; those of which nothing was logged are left out."""
     figures = []
     for title, keys, unit, number, kind in OF_A_RUN:
         found = [
-            series_of(lines, key, name, color, key.startswith("eval_"))
+            series_of(metrics, key, name, color, key.startswith("eval_"))
             for color, (key, name) in enumerate(keys.items())
         ]
-        figures.append(Figure(title, sum(found, []), unit=unit, format=number, kind=kind))
-    figures.insert(1, by_source(lines))
+        series = drawn(sum(found, []), stacked=kind == "area")
+        figures.append(Figure(title, series, unit=unit, format=number, kind=kind))
+    figures.insert(1, by_source(metrics, names))
     return [figure for figure in figures if figure.series]
 
 
-def compared(runs: dict[str, Lines]) -> list[Figure]:
+def compared(runs: dict[str, Metrics]) -> list[Figure]:
     """What several runs, by name, logged under the same keys, each figure with a line for every run."""
     figures = []
     for key, title, unit, number in COMPARED:
-        found = [series_of(lines, key, name, color) for color, (name, lines) in enumerate(runs.items())]
+        found = [series_of(metrics, key, name, color) for color, (name, metrics) in enumerate(runs.items())]
         kind = "level" if unit or number.endswith("%") else "line"
-        figures.append(Figure(title, sum(found, []), unit=unit, format=number, kind=kind))
+        figures.append(Figure(title, drawn(sum(found, [])), unit=unit, format=number, kind=kind))
     return [figure for figure in figures if figure.series]
 
 

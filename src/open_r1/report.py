@@ -19,6 +19,7 @@ from open_r1.run_tables import (
     generations,
     headlines,
     ledger_tables,
+    names_of,
     recipe_table,
     results,
     setting,
@@ -32,11 +33,15 @@ REPORT = "report.html"
 def sections_of(run: Run) -> list[dict[str, Any]]:
     """What the page of one run shows: titled sections of figures, tables and texts."""
     parts = {part: run.ledger[part] for part in ("train", "eval") if part in run.ledger}
-    lengths = [histogram(ledger, part) for part, ledger in parts.items() if "histogram" in ledger["total"]]
+    lengths = [
+        histogram(ledger, part)
+        for part, ledger in parts.items()
+        if all("histogram" in entry for entry in ledger["sources"])
+    ]
     tables = [table for part, ledger in parts.items() for table in ledger_tables(ledger, part)]
     left = [[Value(key), Value(setting(key, said))] for key, said in run.recipe[2].items()]
     sections = [
-        {"title": "Course", "figures": figures_of(run.metrics), "tables": totals(run)},
+        {"title": "Course", "figures": figures_of(run.metrics, names_of(run)), "tables": totals(run)},
         {"title": "What the model says", "generations": generations(run)},
         {"title": "Data", "tables": tables, "figures": [each for each in lengths if each.series]},
         {"title": "What is learnt", "rows": run.rows},

@@ -1,21 +1,23 @@
 """What a report says of a run in words and tables; each number with the place where it stands.
 
 `metrics.jsonl:12#loss` is key `loss` in line 12, `ledger.json#train/total/tokens` a path of keys; where that holds
-several numbers, it is their sum.
+several numbers, it is their sum. The one mean is that of a speed or of padding while a run has not ended.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 
-from open_r1.figures import Lines, is_number
+from open_r1.figures import is_number, numbers_in
 from open_r1.ledger import ROWS_SHOWN, TOKENS_SHOWN, WITHOUT_PROPORTION
-from open_r1.run_files import Run, cleaned
+from open_r1.run_files import LINES_SHOWN, Lines, Run, cleaned
 from open_r1.run_state import RUN_STATE
 from open_r1.schema import looks_secret
 
-LINES_SHOWN = 8  # of rejected rows, spikes, and of what is said to one prompt in the course of a run
+NO_NUMBER = "not a number"
 BLUNT = ("output_dir", "run_name", "resume")  # settings that differ between any two runs
 
 
@@ -74,48 +76,73 @@ def gib(number: float) -> str:
 
 def value(number: Any, source: str, words: Callable[[float], str] = figure) -> Value:
     """A number with its source; texts and nothing as they are."""
-    if isinstance(number, dict):
+    if isinstance(number, dict) and all(map(is_number, number.values())):
         number = sum(number.values())
     return Value(words(number), number, source) if is_number(number) else Value("" if number is None else str(number))
 
 
-def logged(run: Run, key: str) -> list[tuple[float, int]]:
-    """The numbers that were logged under a key, each with its line."""
-    return [(line[key], number) for number, line in run.metrics if is_number(line.get(key))]
-
-
-def of_line(found: tuple[float, int], key: str, words: Callable[[float], str] = figure) -> Value:
-    """A logged number and its line as a value."""
-    return value(found[0], f"metrics.jsonl:{found[1]}#{key}", words)
+def logged_at(run: Run, key: str, at: int, words: Callable[[float], str]) -> Value:
+    """What was logged under a key, at a place of its column; null is no number, as a loss that diverged."""
+    column = run.metrics[key]
+    number, source = column.values[at], f"metrics.jsonl:{column.lines[at]}#{key}"
+    return value(number, source, words) if is_number(number) else Value(NO_NUMBER, None, source)
 
 
 def newest(run: Run, key: str, words: Callable[[float], str] = figure) -> Value:
-    """The last number that was logged under a key, an empty value without any."""
-    found = logged(run, key)
-    return of_line(found[-1], key, words) if found else Value("")
+    """What was logged last under a key, an empty value where nothing was."""
+    return logged_at(run, key, -1, words) if key in run.metrics else Value("")
+
+
+def least(run: Run, key: str, words: Callable[[float], str] = figure) -> Value:
+    """The least number that was logged under a key."""
+    values = run.metrics[key].values
+    return logged_at(run, key, min(numbers_in(run.metrics, key), key=values.__getitem__, default=-1), words)
+
+
+def greatest(run: Run, key: str, words: Callable[[float], str] = figure) -> Value:
+    """The greatest number that was logged under a key."""
+    values = run.metrics[key].values
+    return logged_at(run, key, max(numbers_in(run.metrics, key), key=values.__getitem__, default=-1), words)
+
+
+def mean(run: Run, key: str, words: Callable[[float], str] = figure) -> Value:
+    """The mean so far of a speed, each window by its seconds, or of padding, by its positions.
+
+    That is what the last log says of a whole run. Where windows cannot be weighed, the last one's, which says so.
+    """
+    column, padding = run.metrics[key], key == "padding_share"
+    size = run.metrics.get("padded_tokens" if padding else "step_seconds")
+    if size is not None and size.lines == column.lines and all(map(is_number, [*column.values, *size.values])):
+        weights = np.diff(size.values, prepend=0) if padding else size.values * np.diff(size.steps, prepend=0)
+        if weights.min() >= 0 < weights.sum():
+            found = float(np.average(column.values, weights=weights))
+            return Value(words(found), found, f"metrics.jsonl: mean of {key}")
+    last = newest(run, key, words)
+    return last._replace(text=f"{last.text} in the last window")
 
 
 # What is shown
 
-# Name, keys of which the first that was logged counts, which of its numbers (the last one unless said), in words.
-RESULTS: list[tuple[str, tuple[str, ...], Callable | None, Callable[[float], str]]] = [
-    ("loss at last", ("loss",), None, figure),
-    ("evaluation loss at last", ("eval_loss",), None, figure),
-    ("evaluation loss at best", ("eval_loss",), min, figure),
-    ("epochs", ("epoch",), None, figure),
-    ("training time", ("train_runtime",), None, seconds),
-    ("tokens read", ("train_real_tokens", "real_tokens", "num_tokens"), None, count),
-    ("supervised tokens", ("train_supervised_tokens", "supervised_tokens"), None, count),
-    ("tokens/s per device", ("train_real_tokens_per_second", "real_tokens_per_second"), None, count),
+# Name, key of a whole run where there is one, key of a log, which of those counts until the run has ended, in words.
+RESULTS: list[tuple[str, str, str, Callable[..., Value], Callable[[float], str]]] = [
+    ("loss at last", "", "loss", newest, figure),
+    ("evaluation loss at last", "", "eval_loss", newest, figure),
+    ("evaluation loss at best", "", "eval_loss", least, figure),
+    ("epochs", "", "epoch", newest, figure),
+    ("training time", "train_runtime", "", newest, seconds),
+    ("tokens read", "train_real_tokens", "real_tokens", newest, count),
+    ("supervised tokens", "train_supervised_tokens", "supervised_tokens", newest, count),
+    ("tokens/s per device", "train_real_tokens_per_second", "real_tokens_per_second", mean, count),
     (
         "supervised tokens/s per device",
-        ("train_supervised_tokens_per_second", "supervised_tokens_per_second"),
-        None,
+        "train_supervised_tokens_per_second",
+        "supervised_tokens_per_second",
+        mean,
         count,
     ),
-    ("padding", ("train_padding_share", "padding_share"), None, share),
-    ("MFU", ("train_mfu", "mfu"), None, share),
-    ("peak memory", ("train_peak_memory_bytes", "peak_memory_bytes"), max, gib),
+    ("padding", "train_padding_share", "padding_share", mean, share),
+    ("MFU", "train_mfu", "mfu", mean, share),
+    ("peak memory", "train_peak_memory_bytes", "peak_memory_bytes", greatest, gib),
 ]
 TIMES = ("compute", "data", "other", "evaluation", "saving")
 
@@ -124,14 +151,31 @@ def headlines(run: Run) -> dict[str, Value]:
     """What a run came to, by name."""
     found = {"status": Value(f"{run.state.get('status', 'unknown')}")}
     found["steps"] = value(run.state.get("global_step"), f"{RUN_STATE}#global_step", count)
-    for name, keys, choose, words in RESULTS:
-        key = next((key for key in keys if logged(run, key)), None)
-        if key is not None:
-            numbers = logged(run, key)
-            found[name] = of_line(choose(numbers) if choose else numbers[-1], key, words)
-    for device, spent in run.state.get("device_seconds", {}).items():
+    for name, of_run, of_log, choose, words in RESULTS:
+        if measured(run, of_run):
+            found[name] = newest(run, of_run, words)
+        elif measured(run, of_log):
+            found[name] = choose(run, of_log, words)
+    for device, spent in (run.state.get("device_seconds") or {}).items():
         found[f"device time, {device}"] = value(spent, f"{RUN_STATE}#device_seconds/{escaped(device)}", hours)
     return found
+
+
+def measured(run: Run, key: str) -> bool:
+    """Whether anything was logged under a key. Null alone is what is not known; of a loss it is one that diverged."""
+    return key in run.metrics and ("loss" in key or bool(numbers_in(run.metrics, key)))
+
+
+def names_of(run: Run) -> dict[str, str]:
+    """The sources that losses were logged of: what stands for each in keys, and its name.
+
+    The ledger has the names; where it has none, as of an older run, it is what stands in keys.
+    """
+    entries = [entry for part in ("train", "eval") for entry in run.ledger.get(part, {}).get("sources", ())]
+    known = {entry["metric"]: entry["source"] for entry in entries if entry.get("metric")}
+    kinds = ("loss", "eval_loss", "train_loss")
+    keys = dict.fromkeys(key.partition("/")[2] for key in run.metrics if "/" in key and key.partition("/")[0] in kinds)
+    return {key: known.get(key) or name for key, name in zip(keys, cleaned([*keys]), strict=True)}
 
 
 def totals(run: Run) -> list[Table]:
@@ -140,18 +184,18 @@ def totals(run: Run) -> list[Table]:
     lines = [
         [Value(name), newest(run, f"train_{name}_seconds", seconds)]
         for name in TIMES
-        if logged(run, f"train_{name}_seconds")
+        if measured(run, f"train_{name}_seconds")
     ]
     if lines:
         tables.append(Table("Where the time went", "metrics.jsonl: train_*_seconds", ["", "seconds"], lines))
     prefixes = ("train_loss/", "train_loss_tokens/", "eval_loss/", "eval_loss_tokens/")
-    keys = [key for _, line in run.metrics for key in line if key.startswith(("train_loss/", "eval_loss/"))]
     lines = [
         [
-            Value(cleaned(name)),
-            *(newest(run, prefix + name, count if "tokens" in prefix else figure) for prefix in prefixes),
+            Value(name),
+            *(newest(run, prefix + key, count if "tokens" in prefix else figure) for prefix in prefixes),
         ]
-        for name in dict.fromkeys(key.partition("/")[2] for key in keys)
+        for key, name in names_of(run).items()
+        if f"train_loss/{key}" in run.metrics or f"eval_loss/{key}" in run.metrics
     ]
     if lines:
         heads = ["source", "train loss", "of tokens", "evaluation loss at last", "of tokens"]
@@ -235,18 +279,21 @@ def setting(key: str, said: Any) -> str:
     )
 
 
+def facts(run: Run, title: str) -> tuple[str, dict[str, Any]]:
+    """`hardware`, `versions` or `code`, and the file that says so: the manifest of a complete run, else the state.
+
+    A run that goes on has the manifest of what it was before.
+    """
+    complete = run.state.get("status") == "complete" and run.manifest.get(title)
+    name, file = ("manifest.json", run.manifest) if complete else (RUN_STATE, run.state)
+    return name, file.get(title) or {}
+
+
 def about(run: Run) -> list[Table]:
     """Hardware, versions and code."""
     tables = []
     for title in ("hardware", "versions", "code"):
-        name, held = next(
-            (
-                (name, file[title])
-                for name, file in (("manifest.json", run.manifest), (RUN_STATE, run.state))
-                if title in file
-            ),
-            ("", {}),
-        )
+        name, held = facts(run, title)
         lines = [[Value(key), Value(str(said))] for key, said in held.items() if said is not None]
         if lines:
             tables.append(Table(title.capitalize(), f"{name}: {title}", ["what", ""], lines))
@@ -256,7 +303,8 @@ def about(run: Run) -> list[Table]:
 def events(run: Run) -> list[Table]:
     """Losses that jumped, and rows that were dropped."""
     tables = []
-    if run.spikes:
+    spikes, number_of_spikes = run.spikes
+    if spikes:
         lines = [
             [
                 value(said.get("step"), f"loss_spikes.jsonl:{number}#step", count),
@@ -265,35 +313,45 @@ def events(run: Run) -> list[Table]:
                 Value(said.get("place", "")),
                 Value(said.get("excerpt", "")),
             ]
-            for number, said in run.spikes[:LINES_SHOWN]
+            for number, said in spikes
         ]
         heads = ["step", "loss", "median before", "row", "excerpt"]
-        tables.append(Table("Losses that jumped", shown_of("loss_spikes.jsonl", run.spikes), heads, lines, wide=True))
-    if run.rejected:
+        source = shown_of("loss_spikes.jsonl", number_of_spikes)
+        tables.append(Table("Losses that jumped", source, heads, lines, wide=True))
+    rejected, number_of_rejected = run.rejected
+    if rejected:
         lines = [
             [Value(said.get("place", "")), Value(said.get("reason", "")), Value(said.get("excerpt", ""))]
-            for _, said in run.rejected[:LINES_SHOWN]
+            for _, said in rejected
         ]
         heads = ["row", "reason", "excerpt"]
-        tables.append(
-            Table("Rows that were dropped", shown_of("rejected.jsonl", run.rejected), heads, lines, wide=True)
-        )
+        source = shown_of("rejected.jsonl", number_of_rejected)
+        tables.append(Table("Rows that were dropped", source, heads, lines, wide=True))
     return tables
 
 
-def shown_of(file: str, lines: Lines) -> str:
-    """The source of a table that shows the first lines of a file."""
-    return f"{file}: the first {LINES_SHOWN} of {len(lines):,} lines" if len(lines) > LINES_SHOWN else file
+def shown_of(file: str, lines: int) -> str:
+    """The source of a table that shows the first of a file's lines."""
+    return f"{file}: the first {LINES_SHOWN} of {lines:,} lines" if lines > LINES_SHOWN else file
 
 
 def generations(run: Run) -> list[dict[str, Any]]:
-    """What the model said to each of `sample_prompts`, in the course of the run: some of the steps, first and last."""
-    prompts: dict[str, Lines] = {}
+    """What the model said to each of `sample_prompts`, in the course of the run: some of the steps, first and last.
+
+    Prompts of one text, as with other tools, are told apart by their order in a step.
+    """
+    prompts: dict[tuple[str, int], Lines] = {}
+    asked: Counter = Counter()
     for number, said in run.samples:
-        prompts.setdefault(str(said.get("prompt", "")), []).append((number, said))
-    shown = []
-    for prompt, lines in prompts.items():
+        prompt = str(said.get("prompt", ""))
+        asked[str(said.get("step")), prompt] += 1
+        prompts.setdefault((prompt, asked[str(said.get("step")), prompt]), []).append((number, said))
+    chosen = []
+    for (prompt, order), lines in prompts.items():
         some = {round(at * (len(lines) - 1) / (LINES_SHOWN - 1)) for at in range(LINES_SHOWN)}
+        chosen.append((prompt, order, len(lines), [lines[at] for at in sorted(some)]))
+    shown = []
+    for prompt, order, count_of_lines, lines in cleaned(chosen):
         said = [
             {
                 "step": value(line.get("step"), f"samples.jsonl:{number}#step", count),
@@ -301,41 +359,51 @@ def generations(run: Run) -> list[dict[str, Any]]:
                 "stopped": line.get("stopped"),
                 "text": line.get("text", ""),
             }
-            for number, line in (lines[at] for at in sorted(some))
+            for number, line in lines
         ]
-        shown.append({"prompt": prompt, "said": said, "of": len(lines)})
+        shown.append({"prompt": prompt, "order": order, "said": said, "of": count_of_lines})
     return shown
 
 
 def differing(runs: dict[str, Run]) -> list[Table]:
     """Settings and versions that are not the same in all of several runs."""
     settings = {
-        name: {key: setting(key, said) for key, said in {**run.recipe[2], **run.recipe[0]}.items()}
+        name: {
+            key: setting(key, said) if looks_secret(key, said) else said
+            for key, said in {**run.recipe[2], **run.recipe[0]}.items()
+        }
         for name, run in runs.items()
     }
     versions = {
-        name: {**run.state.get("versions", {}), "open_r1": run.state.get("code", {}).get("digest")}
+        name: {**(run.state.get("versions") or {}), "open_r1": (run.state.get("code") or {}).get("digest")}
         for name, run in runs.items()
     }
-    hardware = {name: run.manifest.get("hardware", run.state.get("hardware", {})) for name, run in runs.items()}
+    hardware = {name: facts(run, "hardware")[1] for name, run in runs.items()}
     tables = []
-    for title, source, held in (
-        ("Settings that differ", "recipe.yaml", settings),
-        ("Versions that differ", RUN_STATE, versions),
-        ("Hardware that differs", "manifest.json or run_state.json", hardware),
+    for title, source, held, words in (
+        ("Settings that differ", "recipe.yaml", settings, setting),
+        ("Versions that differ", RUN_STATE, versions, plain),
+        ("Hardware that differs", "manifest.json or run_state.json", hardware, plain),
     ):
         keys = dict.fromkeys(key for said in held.values() for key in said if key not in BLUNT)
         lines = [
-            [
-                Value(key),
-                *(Value(str(said[key])) if said.get(key) is not None else Value("") for said in held.values()),
-            ]
+            [Value(key), *(Value(words(key, said[key]) if key in said else "") for said in held.values())]
             for key in keys
-            if len({str(said.get(key)) for said in held.values()}) > 1
+            if not all(same(said.get(key), next(iter(held.values())).get(key)) for said in held.values())
         ]
         if lines:
             tables.append(Table(title, source, ["", *runs], lines, wide=True))
     return tables
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two settings are the same: 10 is 10.0, and 1 is not true."""
+    return isinstance(one, bool) == isinstance(other, bool) and one == other
+
+
+def plain(key: str, said: Any) -> str:
+    """A version or the like as it is, nothing for null."""
+    return "" if said is None else str(said)
 
 
 def results(runs: dict[str, Run]) -> Table:

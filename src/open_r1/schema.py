@@ -154,14 +154,18 @@ def looks_secret(key: str, value: Any) -> bool:
     return isinstance(value, str) and bool(value) and (named or masked(value) != value)
 
 
-def masked(text: str) -> str:
-    """A text without what looks like a token, and without the secrets that this process's environment holds.
+def held_secrets() -> list[str]:
+    """The secrets that this process's environment holds.
 
     Those of W&B and of many others look like any other word, so that only the environment tells them.
     """
-    for name, secret in os.environ.items():
-        if SECRET_NAME.search(name) and len(secret) >= 16:
-            text = text.replace(secret, "***")
+    return [secret for name, secret in os.environ.items() if SECRET_NAME.search(name) and len(secret) >= 16]
+
+
+def masked(text: str, held: list[str] | None = None) -> str:
+    """A text without what looks like a token, and without secrets: those `held`, which are looked for when None."""
+    for secret in held_secrets() if held is None else held:
+        text = text.replace(secret, "***")
     return SECRET.sub("***", text)
 
 
