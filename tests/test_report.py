@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -765,6 +766,22 @@ class TestSeveralRuns:
         assert found == [["push", "true", "1"], ["new", "1", "2"], ["optim", "", "adamw"]]
         assert not run_tables.same(True, 1) and run_tables.same(1, 1.0) and not run_tables.same("1", 1)
 
+    def test_many_are_told_apart(self, tmp_path):
+        end = "with-a-long-ending-that-all-of-the-runs-have"
+        runs = [made_up(tmp_path / f"lr-{n}e-5-{end}", [{"step": 1, "loss": float(n)}]) for n in range(20)]
+        page = Page(report.write_comparison(runs, tmp_path / "all.html"))
+        [figure] = page.figures
+        drawn = [(series["color"] % 6, series["dash"]) for series in figure["series"]]
+        assert len({*drawn[:18]}) == 18
+        assert len({series["label"] for series in figure["series"]}) == 20
+        assert [tag for tag, name, _ in page.attributes if (tag, name) == ("button", "aria-pressed")] == [
+            "button"
+        ] * 20
+        for path, series in zip(runs, figure["series"], strict=True):
+            assert (
+                series["name"] == path.name and page.texts.count(path.name) == 2
+            )  # in the head of results, and in the key
+
     def test_one_run_again(self, two, tmp_path, capsys):
         out = shutil.copytree(two[1], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "*.safetensors"))
         (out / "report.html").unlink()
@@ -800,6 +817,20 @@ def test_thinning_keeps_both_ends_spikes_and_order(size, columns):
         assert {values.index(max(values)), values.index(min(values))} <= {*kept}
 
 
+def test_long_names_are_cut_where_they_are_alike():
+    ends = [f"{n} {'and so on ' * 6}end" for n in ("first", "second")]
+    assert figures.labels(["short", *ends]) == [
+        "short",
+        "first and so on …d so on and so on end"[:16] + "…" + ends[0][-16:],
+        ends[1][:16] + "…" + ends[1][-16:],
+    ]
+    starts = [f"{'the same beginning ' * 4}{n}" for n in ("one", "two")]
+    assert figures.labels(starts) == ["…ginning one", "…ginning two"]
+    middles = [f"{'x' * n} {'y' * 40}{n % 2}{'z' * 40}" for n in (20, 20, 21)]
+    assert len({*figures.labels([middles[0], middles[0][:-50] + "!" + middles[0][-49:], middles[2]])}) == 3
+    assert figures.labels(["a", "a"]) == ["a", "a"] and figures.labels([]) == []
+
+
 def test_bins_of_lengths():
     lengths = np.arange(1, 5000)
     histogram = histogram_of(lengths)
@@ -822,12 +853,21 @@ FRAME = """<!doctype html><title>frame</title>
 <script>
 const frame = document.getElementById("f"), told = document.querySelector("pre");
 frame.onload = () => setTimeout(() => {{
-  const page = frame.contentDocument, root = page.documentElement;
+  const page = frame.contentDocument, root = page.documentElement, plotly = frame.contentWindow.Plotly;
+  const plots = [...page.querySelectorAll(".plot")], points = page.querySelectorAll(".plot .point").length;
+  for (const plot of plotly ? plots : []) {{
+    plotly.Fx.hover(plot, plot.data.map((_, at) => ({{curveNumber: at, pointNumber: 0}})));
+  }}
+  page.querySelector(".key button")?.click();
   told.textContent = JSON.stringify({{
     room: frame.contentWindow.innerWidth, takes: root.scrollWidth,
     dark: frame.contentWindow.matchMedia("(prefers-color-scheme: dark)").matches,
     plots: [...page.querySelectorAll(".plot")].filter((each) => each.querySelector(".main-svg")).length,
-    images: page.images.length, ink: getComputedStyle(page.querySelector(".plot text")).fill,
+    images: page.images.length, points, links: page.querySelectorAll(".plot a").length,
+    hovered: [...page.querySelectorAll(".hoverlayer text")].map((each) => each.textContent),
+    hidden: plots.map((plot) => (plot.data || []).filter((each) => each.visible === false).length),
+    pressed: [...page.querySelectorAll(".key button")].map((each) => each.ariaPressed),
+    ink: getComputedStyle(page.querySelector(".plot text")).fill,
   }});
 }}, 500);
 </script>"""
@@ -850,7 +890,7 @@ class TestInABrowser:
             env={**os.environ, "HOME": str(folder)},
         )
         said = told.stdout.partition("<pre>")[2].partition("</pre>")[0]
-        return json.loads(said), [line for line in told.stderr.splitlines() if "CONSOLE" in line]
+        return json.loads(unescape(said)), [line for line in told.stderr.splitlines() if "CONSOLE" in line]
 
     @pytest.mark.parametrize("dark", [False, True])
     def test_no_errors_and_nothing_wider_than_a_phone(self, run, page, tmp_path, dark):
@@ -860,6 +900,19 @@ class TestInABrowser:
         assert seen["plots"] == len(page.figures) and seen["dark"] == dark and seen["images"] == 0
         shade = [int(part) for part in seen["ink"].removeprefix("rgb(").removesuffix(")").split(",")]
         assert (min(shade) > 150) if dark else (max(shade) < 110)
+
+    def test_one_log_is_seen_and_names_are_text(self, tmp_path):
+        """Of two sources and three kinds of seconds; the first of the key is put out."""
+        names = ["<b>a</b>", '<a href="https://example.com">&amp;<br></b>']
+        losses = {f"loss/{n}": 1.0 + n for n in range(2)}
+        line = {"step": 1, **losses, "compute_seconds": 1.0, "data_seconds": 0.5, "other_seconds": 0.2}
+        train = part_of(*(entry_of(name, metric=str(n), histogram={"8": 5}) for n, name in enumerate(names)))
+        out = made_up(tmp_path / "run", [line], **{"ledger.json": {"train": train}})
+        seen, console = self.open(report.write(out), tmp_path)
+        assert console == [] and seen["plots"] == 3 and seen["links"] == 0
+        assert seen["points"] == 2 + 3 + 2  # markers, and bars
+        assert all(figures.labels([name])[0] in seen["hovered"] for name in names)
+        assert seen["pressed"] == ["false"] + ["true"] * 6 and seen["hidden"] == [1, 0, 0]
 
     def test_an_error_would_be_seen(self, tmp_path):
         page = tmp_path / "bad.html"

@@ -4,6 +4,7 @@ A figure says what it is, the series say where each number is from; nothing is s
 """
 
 import math
+import os
 import re
 from typing import Any, NamedTuple
 
@@ -11,6 +12,10 @@ from open_r1.ledger import Entry
 from open_r1.views import bars_of
 
 POINTS = 1000  # of a series; of more, both ends stay, and the least and the greatest of every stretch
+COLORS = 6  # of style.css; series of the same one differ in how they are drawn
+DASHES, DASHES_ASIDE = ("", "2 3", "10 3 2 3"), ("6 4", "3 6", "10 3 2 3 2 3")  # as SVG has them, in pixels
+TEXTURES = ("", "/", "x", ".")  # of bars, as plotly.js calls them
+LABEL = 34  # characters of a name beside the pointer
 
 
 class Column(NamedTuple):
@@ -34,6 +39,16 @@ class Series(NamedTuple):
     y: list[float]
     color: int = 0
     aside: bool = False
+
+    @property
+    def dash(self) -> str:
+        """How its line is broken, empty where it is not."""
+        return (DASHES_ASIDE if self.aside else DASHES)[self.color // COLORS % len(DASHES)]
+
+    @property
+    def texture(self) -> str:
+        """What its bars are filled with."""
+        return TEXTURES[self.color // COLORS % len(TEXTURES)]
 
 
 class Figure(NamedTuple):
@@ -213,3 +228,22 @@ def short(names: list[str]) -> list[str]:
     if len(splits) == 1 and all(":" in name for name in last):
         last = [name.rpartition(":")[0] for name in last]
     return last if len({*last}) == len({*names}) else names
+
+
+def labels(names: list[str]) -> list[str]:
+    """Names of at most `LABEL` characters: longer ones without what they all begin with, then without their middle.
+
+    Where that leaves equal ones, they are numbered.
+    """
+    longer = [name for name in names if len(name) > LABEL]
+    start = max(0, len(os.path.commonprefix(longer)) - LABEL // 4) if len(longer) > 1 else 0
+    ends = LABEL // 2 - 1
+    cut = {name: f"…{name[start:]}" if start else name for name in longer}
+    cut = {name: f"{text[:ends]}…{text[-ends:]}" if len(text) > LABEL else text for name, text in cut.items()}
+    alike: dict[str, list[str]] = {}
+    for name, text in cut.items():
+        alike.setdefault(text, []).append(name)
+    for text, found in alike.items():
+        if len(found) > 1:
+            cut |= {name: f"{text} ({number})" for number, name in enumerate(found, 1)}
+    return [cut.get(name, name) for name in names]

@@ -8,7 +8,7 @@ from typing import Any
 
 from open_r1.checkpoints import write_whole
 from open_r1.errors import UserError
-from open_r1.figures import compared, figures_of, histogram
+from open_r1.figures import COLORS, compared, figures_of, histogram, labels
 from open_r1.run_files import Run, cleaned, read_run
 from open_r1.run_tables import (
     Table,
@@ -74,7 +74,16 @@ def page(title: str, lead: dict[str, Value], note: str, sections: list[dict[str,
     from plotly.offline import get_plotlyjs
 
     figures = [figure for section in sections for figure in section.get("figures", ())]
-    said = [{**figure._asdict(), "series": [series._asdict() for series in figure.series]} for figure in figures]
+    said = [
+        {
+            **figure._asdict(),
+            "series": [
+                {**series._asdict(), "label": label, "dash": series.dash, "texture": series.texture}
+                for series, label in zip(figure.series, labels([each.name for each in figure.series]), strict=True)
+            ],
+        }
+        for figure in figures
+    ]
     environment = Environment(
         loader=PackageLoader("open_r1", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -83,6 +92,7 @@ def page(title: str, lead: dict[str, Value], note: str, sections: list[dict[str,
         lead=lead,
         note=note,
         sections=sections,
+        colors=COLORS,
         figures=Markup(json.dumps(said).replace("<", "\\u003c")),  # noqa: S704  no tag can begin in it
         plotly=Markup(get_plotlyjs()) if figures else "",  # noqa: S704
         nonce=secrets.token_urlsafe(16),
