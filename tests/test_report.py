@@ -483,6 +483,15 @@ class TestUnfinishedRuns:
         none = report.read_run(made_up(tmp_path / "none", [{"step": 1, "loss": None}]))
         assert run_tables.headlines(none)["loss at last"].text == "not a number"
 
+    def test_what_is_said_of_the_best_model_at_last_stands_at_its_step(self, tmp_path):
+        said = [(2, 1.5), (4, 1.0), (6, 2.0), (4, 1.0)]
+        lines = [{"step": step, "epoch": step / 2, "eval_loss": loss} for step, loss in said]
+        out = made_up(tmp_path, lines)
+        [figure] = Page(report.write(out)).figures
+        assert (figure["series"][0]["x"], figure["series"][0]["y"]) == ([2, 4, 4, 6], [1.5, 1.0, 1.0, 2.0])
+        found = run_tables.headlines(report.read_run(out))
+        assert (found["epochs"].text, found["evaluation loss at last"].text) == ("3", "1")
+
     def test_one_that_goes_on_is_said_to_run_where_it_does(self, tmp_path):
         state = {"hardware": {"gpu": "new"}, "versions": {"torch": "9.9"}, "code": {"digest": "beef"}}
         old = {"hardware": {"gpu": "old"}, "versions": {"torch": "1.0"}, "code": {"digest": "cafe"}}

@@ -150,9 +150,13 @@ def numbers_in(metrics: Metrics, key: str) -> list[int]:
 
 
 def series_of(metrics: Metrics, key: str, name: str, color: int, aside: bool = False) -> list[Series]:
-    """The series of a key of metrics.jsonl over steps, with all of its points: one, or none without a number."""
+    """The series of a key of metrics.jsonl over steps, with all of its points: one, or none without a number.
+
+    What is said of the best model stands behind later steps.
+    """
     if not (places := numbers_in(metrics, key)):
         return []
+    places.sort(key=metrics[key].steps.__getitem__)
     x, y = ([column[at] for at in places] for column in (metrics[key].steps, metrics[key].values))
     return [Series(name, key, "metrics.jsonl", x, y, color, aside)]
 

@@ -128,7 +128,7 @@ RESULTS: list[tuple[str, str, str, Callable[..., Value], Callable[[float], str]]
     ("loss at last", "", "loss", newest, figure),
     ("evaluation loss at last", "", "eval_loss", newest, figure),
     ("evaluation loss at best", "", "eval_loss", least, figure),
-    ("epochs", "", "epoch", newest, figure),
+    ("epochs", "", "epoch", greatest, figure),
     ("training time", "train_runtime", "", newest, seconds),
     ("tokens read", "train_real_tokens", "real_tokens", newest, count),
     ("supervised tokens", "train_supervised_tokens", "supervised_tokens", newest, count),
