@@ -80,7 +80,7 @@ def test_started_by_many_at_once_it_is_prepared_once(tiny_model, rows, tmp_path,
     outputs = [finish(process) for process in running]
     assert sum("tokenised for the first time" in output for output in outputs) == 1
     assert sum("packed for the first time" in output for output in outputs) == 1
-    assert len(tables(tmp_path)) == 6  # records, their columns, tokens, their counts, packs, and what is in them
+    assert len(tables(tmp_path)) == 5  # records, their columns, tokens, their counts, packs with what is in them
     assert not list((tmp_path / "open_r1").glob("*.partial*"))
 
 
@@ -122,7 +122,7 @@ def test_a_gigabyte_of_rows_is_prepared_and_packed_in_two(tmp_path):
     group.rmdir()
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"  {count:,}  " in done.stderr  # the ledger's rows
-    assert len(list((tmp_path / "cache" / "open_r1").glob("*/key.json"))) == 6
+    assert len(list((tmp_path / "cache" / "open_r1").glob("*/key.json"))) == 5
 
 
 def mounted(cache, options, argv):
