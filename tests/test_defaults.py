@@ -269,7 +269,7 @@ class TestWorkers:
         assert workers(args, [(host, set(cores)) for host, cores in shares])[0] == count
 
     def test_the_cores_are_those_that_this_process_may_use(self, monkeypatch):
-        monkeypatch.setattr(defaults.os, "sched_getaffinity", lambda _: {3, 5})
+        monkeypatch.setattr("os.sched_getaffinity", lambda _: {3, 5})
         assert defaults.cores_here() == {3, 5}
 
     def test_of_machines_elsewhere_nothing_is_said(self):

@@ -675,7 +675,6 @@ class TestDuringTheRun:
             raise KeyboardInterrupt
 
         monkeypatch.setattr("open_r1.finish.save_model", killed)
-        monkeypatch.setattr(Report, "on_train_end", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
             main(argv(tmp_path / "run", max_steps=2, logging_strategy="no"))
         [seconds] = json.loads((tmp_path / "run" / "run_state.json").read_text())["device_seconds"].values()

@@ -56,11 +56,6 @@ class Choice(NamedTuple):
     reason: str
     why_not: str
 
-    @property
-    def by_document(self) -> bool:
-        """Whether it works document by document."""
-        return not self.why_not
-
 
 def settle_attention(model_args: "ModelConfig", training_args: "SFTConfig", config: PretrainedConfig) -> Choice:
     """Choose the attention of a run, say it in one line and set `attn_implementation` to it. Needs no weights.

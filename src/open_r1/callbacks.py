@@ -68,11 +68,6 @@ class Report(TrainerCallback):
         if state.is_world_process_zero:
             self.write(args)
 
-    def on_train_end(self, args: "SFTConfig", state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Count."""
-        if state.is_world_process_zero:
-            self.count(args)
-
     def count(self, args: "SFTConfig") -> None:
         """Add the seconds since this process began, times the processes, to those of earlier starts."""
         if self.before is None:

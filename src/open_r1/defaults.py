@@ -17,6 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from open_r1.memory import device_memory, main_memory, plan_memory
 from open_r1.model import planned_dtype
+from open_r1.processes import cores_here
 
 if TYPE_CHECKING:
     from open_r1.configs import ModelConfig, SFTConfig
@@ -156,8 +157,3 @@ def workers(args: "SFTConfig", shares: list[tuple[str, set[int]]]) -> tuple[int,
     if cores < CORES:
         return 0, f"{cores} of the cores for each GPU leave none to spare"
     return WORKERS, "the GPU waits for no batch"
-
-
-def cores_here() -> set[int]:
-    """The cores that this process may use: a launcher or a scheduler may have given it some."""
-    return set(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))

@@ -390,3 +390,8 @@ def interface_to(address: str) -> str | None:
             if mine in (each.address for each in addresses):
                 return name
     return None
+
+
+def cores_here() -> set[int]:
+    """The cores that this process may use: a launcher or a scheduler may have given it some."""
+    return set(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))

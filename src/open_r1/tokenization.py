@@ -5,7 +5,6 @@ intermediate column is written.
 """
 
 import hashlib
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from open_r1.encoding import IGNORED, TAKEN_APART, Piece, Spelling, encode_piece
 from open_r1.errors import BadRow, UserError
 from open_r1.formats import Row, prompt_id
 from open_r1.ledger import BAD_ROW, COUNTS
+from open_r1.processes import cores_here
 from open_r1.supervision import (
     CLOSE,
     OPEN,
@@ -139,8 +139,7 @@ def write_table(chosen: Dataset, encode: Callable[..., pa.Table], size: int, num
 
     No more processes than cores that this one may use: a scheduler's share of a machine can be small.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_proc = min(num_proc or 1, cores)
+    num_proc = min(num_proc or 1, len(cores_here()))
     if len(chosen) == 0:  # nothing of this source is held out, and `map` would write no file
         with pa.OSFile(path, "wb") as target, pa.ipc.new_stream(target, SCHEMA):
             return
