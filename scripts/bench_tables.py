@@ -4,6 +4,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def startup(section: Section) -> str:
     for cache, learns, side in keys_of(section, "cache", "learns", "side"):
         key = {"cache": cache, "learns": learns}
         runs, stock = good(section, **key, side=side), good(section, **key, side="stock")
-        ratios = [] if side == "stock" else paired(runs, stock, lambda run: run["cpu"])
+        ratios = [[] if side == "stock" else paired(runs, stock, itemgetter(kind)) for kind in ("cpu", "wall")]
         lines.append(
             [
                 f"{cache}, {section['scale']['cold_rows']:,} rows",
@@ -107,11 +108,13 @@ def startup(section: Section) -> str:
                 spread([run["cpu"] for run in runs.values()], ".1f"),
                 spread([run["wall"] for run in runs.values()], ".1f"),
                 spread([run["cpu_before_training"] for run in runs.values()], ".1f"),
-                spread(ratios) if ratios else "",
+                *[spread(each) if each else "" for each in ratios],
                 f"{STARTS[cache]}" if side == "ours" else "",
             ]
         )
-    head = "cache | learns | command | CPU s | wall s | CPU s before training | CPU ÷ stock's | at most"
+    head = (
+        "cache | learns | command | CPU s | wall s | CPU s before training | CPU ÷ stock's | wall ÷ stock's | at most"
+    )
     return markdown(head, lines, circumstances(section))
 
 

@@ -1,13 +1,14 @@
 """Bounds of tokens told by their bytes: exact for any kind of tokenizer, and never guessed."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from open_r1.encoding import CLOSE, IGNORED, OPEN, Piece, encode_pieces, spelling_of
+from open_r1.encoding import CLOSE, IGNORED, OPEN, Piece, encode_pieces, encoders, spelling_of
 
 
 def byte_level(texts, normalizer=None, bos=False):
@@ -79,6 +80,23 @@ def test_bytes_and_offsets_tell_the_same(make, texts):
     sample = [*texts[:400], *HARD]
     offsets = encoded(pieces_of(sample), tokenizer, replace(spelling, texts=None))
     assert encoded(pieces_of(sample), tokenizer, spelling) == offsets
+
+
+def test_threads_change_nothing(texts, monkeypatch):
+    tokenizer = byte_level(texts)
+    spelling, sample = spelling_of(tokenizer), [*texts, *HARD] * 2
+    alone = encoded(pieces_of(sample), tokenizer, spelling)
+    assert encoders(os.getpid())._max_workers == 1  # TOKENIZERS_PARALLELISM is false in tests
+    for parallelism, expected in (("true", 3), ("FALSE", 1), (None, 3)):
+        encoders.cache_clear()
+        monkeypatch.setattr("open_r1.encoding.cores_here", lambda: {0, 1, 2})
+        if parallelism is None:
+            monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+        else:
+            monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallelism)
+        assert encoded(pieces_of(sample), tokenizer, spelling) == alone
+        assert encoders(os.getpid())._max_workers == expected
+    encoders.cache_clear()
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece])

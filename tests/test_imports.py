@@ -1,6 +1,7 @@
 """What is imported up to the first optimiser step: what TRL's own trainer needs, and nothing beside it."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -28,8 +29,16 @@ OURS = {"open_r1", "filelock"}
 
 @pytest.fixture(scope="module")
 def at_first_step(tiny_model, pairs, tmp_path_factory):
-    """What is there behind the first step of our run, and of TRL's trainer alone on the same rows."""
+    """What is there behind the first step of our run, and of TRL's trainer alone on the same rows.
+
+    Something that goes for DeepSpeed is installed, too.
+    """
     folder = tmp_path_factory.mktemp("imports")
+    packages = folder / "packages"
+    (packages / "deepspeed").mkdir(parents=True)
+    (packages / "deepspeed/__init__.py").write_text("class DeepSpeedEngine:\n    pass\n")
+    (packages / "deepspeed-0.19.8.dist-info").mkdir()
+    (packages / "deepspeed-0.19.8.dist-info/METADATA").write_text("Name: deepspeed\nVersion: 0.19.8\n")
     data = write_jsonl(folder / "text.jsonl", [{"text": text[:200]} for _, text in pairs[:50]])
 
     def run(script, **more):
@@ -43,7 +52,9 @@ def at_first_step(tiny_model, pairs, tmp_path_factory):
             **more,
         )
         command = [sys.executable, "-c", WATCHED, script, *argv]
-        done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+        paths = os.pathsep.join([str(packages), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, "PYTHONPATH": paths}
+        done = subprocess.run([*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         [seen] = json.loads(done.stdout.splitlines()[-1])
         return seen
@@ -56,6 +67,7 @@ def test_nothing_is_imported_that_trl_does_without(at_first_step):
     beside = {name for name in ours - stock - OURS if name not in sys.stdlib_module_names and name[0] != "_"}
     assert not beside
     assert len(ours & stock) > 100
+    assert "deepspeed" in stock - ours
 
 
 def test_imports_are_out_of_the_way_of_garbage_collection(at_first_step):

@@ -6,10 +6,12 @@ keep track of offsets, which it does for texts where the proof fails (an NFC tok
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from itertools import chain
 from operator import itemgetter
 from typing import Any
@@ -19,10 +21,12 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from open_r1.processes import cores_here
 from open_r1.supervision import CLOSE, OPEN
 
 IGNORED = -100
 TEXTS = 64  # encoded at once: what the library makes of short ones stays in a core's cache
+THREADS = 4  # at most: what is left to Python takes a third of the time, so more would wait for it
 TEXT_BYTES = 2**21  # characters encoded at once, so that memory is bounded by bytes, not by rows
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece writes a byte that no token of its own holds
 TAKEN_APART = "a control token is spelled out where the chat template takes texts apart; remove it from the row"
@@ -127,9 +131,11 @@ def encode_pieces(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase, spell
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = False
-    for group in by_bytes([piece for piece in pieces if piece.ids is None]):
-        plain = [piece for piece in group if piece.add_bos or OPEN not in piece.text]
-        unclear = encode_spelled(plain, backend, spelling) if spelling.texts else plain
+    groups = list(by_bytes([piece for piece in pieces if piece.ids is None]))
+    plains = [[piece for piece in group if piece.add_bos or OPEN not in piece.text] for group in groups]
+    encoded = encoders(os.getpid()).map(partial(ids_of, backend=backend), plains if spelling.texts else [])
+    for group, plain in zip(groups, plains, strict=True):
+        unclear = take_spelled(plain, next(encoded), spelling) if spelling.texts else plain
         encode_with_offsets(unclear, backend, spelling.bos)
         for piece in group:
             if piece.ranges is None:
@@ -150,13 +156,30 @@ def by_bytes(pieces: list[Piece]) -> Iterator[list[Piece]]:
         yield group
 
 
-def encode_spelled(pieces: list[Piece], backend: Tokenizer, spelling: Spelling) -> list[Piece]:
-    """Encode pieces, leaving out those whose tokens do not spell their text, which are returned.
+@lru_cache(maxsize=1)
+def encoders(process: int) -> ThreadPoolExecutor:
+    """The threads of a process that encode while it goes on with what only Python can do; they remember words.
+
+    Each encodes a group by itself: the library's own threads, who share out every single group, are slower and cost
+    more. `TOKENIZERS_PARALLELISM=false` means one.
+    """
+    alone = os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("false", "off", "no", "f", "n", "0")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return ThreadPoolExecutor(1 if alone else min(len(cores_here()), THREADS), f"encoder of {process}")
+
+
+def ids_of(pieces: list[Piece], backend: Tokenizer) -> list[list[int]]:
+    """The token ids of each piece's text."""
+    texts = [piece.text for piece in pieces]
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def take_spelled(pieces: list[Piece], lists: list[list[int]], spelling: Spelling) -> list[Piece]:
+    """Give pieces the tokens of their texts, but those whose tokens do not spell their text, which are returned.
 
     `ranges` stays None where a token holds both the end of a prompt and the beginning of its answer.
     """
     texts = [piece.text for piece in pieces]
-    lists = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
     bounds, flat = np.cumsum([0, *map(len, lists)]), list(chain.from_iterable(lists))
     ids = np.fromiter(flat, np.int32, count=len(flat))
     before = np.concatenate([[0], np.cumsum(spelling.sizes[ids])])  # the bytes of all texts before each token
@@ -225,7 +248,7 @@ def in_bytes(piece: Piece) -> list[tuple[int, int]]:
 
 
 def encode_with_offsets(pieces: list[Piece], backend: Tokenizer, bos: list[int]) -> None:
-    """Encode pieces with the library's own character offsets; `ranges` stays None as in `encode_spelled`."""
+    """Encode pieces with the library's own character offsets; `ranges` stays None as in `take_spelled`."""
     encodings = backend.encode_batch([piece.text for piece in pieces], add_special_tokens=False) if pieces else []
     for piece, encoding in zip(pieces, encodings, strict=True):
         ranges = [token_range(encoding, *span) for span in piece.spans]

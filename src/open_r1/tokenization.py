@@ -5,6 +5,7 @@ intermediate column is written.
 """
 
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from open_r1 import encoding, formats, records, supervision
 from open_r1.cache import Key, digest, file_digest, prepared_table
 from open_r1.data import Source, places_of
-from open_r1.encoding import IGNORED, TAKEN_APART, Piece, Spelling, encode_pieces, ranges_of, spelling_of
+from open_r1.encoding import IGNORED, TAKEN_APART, TEXTS, Piece, Spelling, encode_pieces, ranges_of, spelling_of
 from open_r1.errors import BadRow, UserError
 from open_r1.formats import Row, prompt_id
 from open_r1.ledger import BAD_ROW, COUNTS
@@ -58,7 +59,7 @@ FEATURES = Features(
 SCHEMA = FEATURES.arrow_schema
 ESCAPED_MARK = re.compile(r"\\ufdd[01]", re.IGNORECASE)  # a template that prints what `repr` makes of a value
 CODE = (records, formats, supervision, encoding, sys.modules[__name__])  # what tables depend on
-BATCH_ROWS, BATCH_BYTES = 256, 2**21  # raw rows tokenised at once: whichever is less
+BATCH_ROWS, BATCH_BYTES = 1024, 2**21  # raw rows tokenised at once: whichever is less
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def tokenize_source(
     """
     chosen = source.rows if len(rows) == len(source.rows) else source.rows.select(rows)
     # Rows may be sorted by length, so the longest stretch of them counts.
-    largest = max(batch.nbytes // len(batch) for batch in source.rows.data.to_batches(max_chunksize=BATCH_ROWS)) + 1
+    largest = max(batch.nbytes // len(batch) for batch in source.rows.data.to_batches(max_chunksize=TEXTS)) + 1
     size = max(1, min(BATCH_ROWS, BATCH_BYTES // largest))
 
     def write(path: str) -> None:
@@ -140,6 +141,8 @@ def write_table(chosen: Dataset, encode: Callable[..., pa.Table], size: int, num
     No more processes than cores that this one may use: a scheduler's share of a machine can be small.
     """
     num_proc = min(num_proc or 1, len(cores_here()))
+    if num_proc > 1:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are enough
     if len(chosen) == 0:  # nothing of this source is held out, and `map` would write no file
         with pa.OSFile(path, "wb") as target, pa.ipc.new_stream(target, SCHEMA):
             return

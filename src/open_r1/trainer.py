@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import accelerate
 import datasets
 import torch
 import transformers
@@ -681,7 +682,12 @@ def trainer_arguments(args: "SFTConfig") -> "SFTConfig":
 
 
 def tell_libraries(args: "SFTConfig") -> None:
-    """Give the libraries the recipe's log level (replicas their own, quieter one) and W&B its names."""
+    """Give the libraries the recipe's log level (replicas their own, quieter one) and W&B its names.
+
+    DeepSpeed stays out of a run that does not use it: to tell whether a model is wrapped, accelerate imports it
+    wherever it is installed, which takes time and ends the run where its CUDA tools are not found.
+    """
+    accelerate.utils.other.is_deepspeed_available = lambda: "deepspeed" in sys.modules  # no wrapper without it
     level = args.get_process_log_level()
     transformers.utils.logging.set_verbosity(level)
     datasets.utils.logging.set_verbosity(level)
