@@ -27,7 +27,7 @@ from open_r1.supervision import CLOSE, OPEN
 IGNORED = -100
 TEXTS = 64  # encoded at once: what the library makes of short ones stays in a core's cache
 THREADS = 4  # at most: what is left to Python takes a third of the time, so more would wait for it
-TEXT_BYTES = 2**21  # characters encoded at once, so that memory is bounded by bytes, not by rows
+TEXT_BYTES = 2**16  # characters encoded at once, so that threads share long ones, too
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece writes a byte that no token of its own holds
 TAKEN_APART = "a control token is spelled out where the chat template takes texts apart; remove it from the row"
 SAMPLE = "Hi, <b>you</b>!\n\n\tÉmile 四 🙂  x7"
