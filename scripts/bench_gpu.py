@@ -5,6 +5,7 @@ everything while the one before it trained. Ours runs `open_r1.sft.main`, stock 
 the loading of weights is replaced, so that there need be none. Nothing is saved.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -37,12 +38,14 @@ LORA = {
     "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 # bf16 weights: they and both moments of AdamW, on all sides. In float32 an 8B takes 122 GiB without activations.
-METHODS = {"full": {}, "full, bf16 weights": {"dtype": "bfloat16"}, "LoRA": LORA}
+METHODS: dict[str, dict[str, Any]] = {"full": {}, "full, bf16 weights": {"dtype": "bfloat16"}, "LoRA": LORA}
+METHODS |= {f"{name}, Liger": {**told, "use_liger_kernel": True} for name, told in METHODS.items()}
 # Tokens of a document: lognormal, cut at the context, as answers of reasoning models are long. Packs of them, `bfd`.
 MEDIAN, SIGMA, DOCUMENTS = 3000, 0.65, 900
-ACCUMULATED = 4  # packs of an optimiser step
+ACCUMULATED = 2  # packs of an optimiser step
 SKIPPED = 2  # steps that are not counted, in which kernels are chosen and the optimiser's state is made
-SECONDS, STEPS = 14, 16  # of training, whichever ends first
+SECONDS, STEPS = 14, 16  # of training, whichever ends first, but one step more than is skipped at least
+STARTING = 240  # seconds for what a process imports, on a machine that has not done so before
 SHORTEST = 30  # seconds that a cell needs at least
 FULL = ("out of memory", "outofmemory", "memory is full")  # what a run says, and ours, when a device's memory is
 
@@ -74,6 +77,8 @@ WANTED = [
     ("8B", "full, bf16 weights", 8192, ("ours", "stock", "tuned")),
     ("8B", "LoRA", 4096, ("ours", "stock", "tuned")),
     ("1.7B", "full", 32768, ("ours", "stock", "tuned")),
+    ("8B", "full, bf16 weights, Liger", 8192, ("ours", "stock")),
+    ("8B", "LoRA, Liger", 4096, ("ours", "stock")),
     ("1.7B", "full", 4096, ("ours", "tuned", "stock")),
     ("0.6B", "full", 4096, ("ours", "tuned", "stock")),
     ("8B", "LoRA", 16384, ("ours", "tuned", "stock")),
@@ -101,7 +106,7 @@ def measure_gpu(results: Results, work: Path, minutes: float, toy: bool, only: l
     write_rows(work, sorted({cell.context for cell in cells}), toy)
     for shape in {cell.shape for cell in cells}:
         write_shape(work, shape)
-    device, said = finish(start(work, 0), {"what": "ceilings", "toy": toy}, 60)
+    device, said = finish(start(work, 0), {"what": "ceilings", "toy": toy}, STARTING)
     if device is None:
         print(said, file=sys.stderr)
         return 1
@@ -109,7 +114,9 @@ def measure_gpu(results: Results, work: Path, minutes: float, toy: bool, only: l
     facts = {**about(), **device, "command": f"python scripts/bench.py gpu{' --toy' if toy else ''}"}
     del facts["commit"]  # that of each run is noted: cells that are there stay
     results.begin("gpu", facts, again)
-    results.sections["gpu"].setdefault("ceilings", reached)
+    section = results.sections["gpu"]
+    section.setdefault("ceilings", reached)
+    section["runs"] = [run for run in section["runs"] if run["outcome"] != "failed"]  # they are tried again
     print(f"{facts['device']}: {', '.join(f'{value:,} {name}' for name, value in reached.items())}", flush=True)
     missing = [cell for cell in cells if not results.runs("gpu", **cell.key)]
     left = measure_cells(missing, results, work, ends, toy)
@@ -188,7 +195,7 @@ def best_of(attention: str) -> str:
 def too_large(cell: Cell, memory: int | None) -> dict[str, Any] | None:
     """Why a cell is not tried: weights, gradients and optimiser alone would not fit."""
     weights, adapters = parameters(cell.shape, cell.method)
-    wide = cell.method == "full" or (cell.method == "LoRA" and cell.side == "stock")  # which loads float32 weights
+    wide = "bf16" not in cell.method and (not adapters or cell.side == "stock")  # which loads float32 weights
     needed = weights * (4 if wide else 2) * (1 if adapters else 4) + 16 * adapters
     if memory is None or needed < memory:
         return None
@@ -207,7 +214,8 @@ def measured(
     if len(steps) < 2:
         if any(words in said.lower() for words in FULL):
             return {"outcome": "out of memory"}
-        return {"outcome": "failed", "why": (said.strip().splitlines() or ["nothing was said"])[-1][:300]}
+        why = (said.strip().splitlines() or ["nothing was said"])[-1][:300]
+        return {"outcome": "failed", "why": f"{len(steps)} of 2 steps: {why}"}
     skip = min(SKIPPED, len(steps) - 1)
     counted, walls = steps[skip:], [step["wall"] for step in steps[skip - 1 :]]
     seconds, tokens = walls[-1] - walls[0], sum(step["real"] for step in counted)
@@ -220,8 +228,11 @@ def measured(
         "steps": len(counted),
         "tflops": round(flops / 1e12, 4),
         "mfu": None if peak is None else round(flops / peak, 4),
-        "allocated_gib": round(steps[-1].get("allocated", 0) / 2**30, 2),
-        "reserved_gib": round(steps[-1].get("reserved", 0) / 2**30, 2),
+        # The most of all steps: ours counts anew at each log.
+        **{
+            f"{what}_gib": round(max(step.get(what, 0) for step in steps) / 2**30, 2)
+            for what in ("allocated", "reserved")
+        },
         "losses": [round(steps[0]["loss"], 4), round(steps[-1]["loss"], 4)],
         "attention": begin["attn_implementation"],
         "settled": {**settled(begin), "dtype": begin["dtype"]},
@@ -232,7 +243,12 @@ def parameters(shape: str, method: str) -> tuple[int, int]:
     """Parameters of a shape, and of its adapters."""
     layer, head, adapters = products(shape)
     layers = SHAPES[shape]["num_hidden_layers"]
-    return layer * layers + head * (2 if shape in UNTIED else 1), adapters * layers if method == "LoRA" else 0
+    return layer * layers + head * (2 if shape in UNTIED else 1), adapters * layers if is_lora(method) else 0
+
+
+def is_lora(method: str) -> bool:
+    """Whether a method trains adapters."""
+    return METHODS[method].get("use_peft", False)
 
 
 def products(shape: str) -> tuple[int, int, int]:
@@ -253,9 +269,9 @@ def flops_of(shape: str, method: str, step: dict[str, Any]) -> float:
     """
     layer, head, adapters = products(shape)
     layers, heads = SHAPES[shape]["num_hidden_layers"], SHAPES[shape]["num_attention_heads"]
-    each = 4 if method == "LoRA" else 6
+    each = 4 if is_lora(method) else 6
     weights = step["real"] * layers * layer * each + step["supervised"] * head * each
-    trained = step["real"] * layers * adapters * 6 if method == "LoRA" else 0
+    trained = step["real"] * layers * adapters * 6 if is_lora(method) else 0
     pairs = (step["squares"] + step["real"]) / 2
     return weights + trained + pairs * 12 * heads * HEAD.get(shape, 128) * layers
 
@@ -271,6 +287,7 @@ def start(work: Path, number: int) -> subprocess.Popen:
         "STAMPS": str(stamps),
         "STAMPS_STEPS": str(STEPS),
         "STAMPS_SECONDS": str(SECONDS),
+        "STAMPS_LEAST": str(SKIPPED + 1),
         "PYTHONPATH": os.pathsep.join(
             [str(SCRIPTS / "stamps"), str(SFT.parents[1]), os.environ.get("PYTHONPATH", "")]
         ),
@@ -294,8 +311,9 @@ def start(work: Path, number: int) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen, told: dict[str, Any], limit: float) -> tuple[Any, str]:
     """Tell a waiting process what to do and wait for its end; what it answers, if it does, and all that it said."""
-    process.stdin.write(json.dumps(told) + "\n")
-    process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):  # it has ended already: it has said why
+        process.stdin.write(json.dumps(told) + "\n")
+        process.stdin.close()
     ended = wait(process, limit)
     said = process.log.read_text(errors="replace")
     answer = [line for line in said.splitlines() if line.startswith("ANSWER ")]

@@ -202,8 +202,7 @@ def about() -> dict[str, Any]:
     """The machine and the versions that figures hold for."""
     git = ["git", "-C", str(SCRIPTS.parent)]
     last = [*git, "log", "-1", "--format=%h", "--", "src"]  # what is measured, whatever was written about it since
-    commit = subprocess.run(last, capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "src"], capture_output=True, text=True).stdout.strip()
+    commit, changed = (answer_of(command) for command in (last, [*git, "status", "--porcelain", "src"]))
     models = [line.partition(":")[2].strip() for line in cpu_facts() if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
@@ -214,8 +213,15 @@ def about() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in PACKAGES},
         },
-        "commit": commit + ("+" if changed else ""),
+        "commit": commit + ("+" if changed else "") or os.environ.get("COMMIT", "unknown"),
     }
+
+
+def answer_of(command: list[str]) -> str:
+    """What a command prints; nothing where it is not installed."""
+    with contextlib.suppress(FileNotFoundError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return ""
 
 
 def cpu_facts() -> list[str]:

@@ -343,13 +343,13 @@ class TestGpu:
         assert set(bench_tables.TARGETS) == {tuple(wanted[:3]) for wanted in bench_gpu.WANTED[:3]}
         assert {each[2] for each in bench_gpu.WANTED} >= {4096, 16384, 32768}
         for *wanted, sides in bench_gpu.WANTED:
-            assert sides.index("ours") < sides.index("tuned"), wanted
+            assert "tuned" not in sides or sides.index("ours") < sides.index("tuned"), wanted
 
     @pytest.mark.parametrize(
         ("said", "figures"),
         [
             ("torch.OutOfMemoryError: CUDA out of memory. Tried", {"outcome": "out of memory"}),
-            ("Traceback\nValueError: no", {"outcome": "failed", "why": "ValueError: no"}),
+            ("Traceback\nValueError: no", {"outcome": "failed", "why": "0 of 2 steps: ValueError: no"}),
         ],
     )
     def test_a_cell_that_does_not_train(self, tmp_path, monkeypatch, said, figures):

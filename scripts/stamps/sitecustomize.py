@@ -2,8 +2,8 @@
 
 Python imports this module by its name when its folder is on PYTHONPATH. Where STAMPS names a file, the trainer of
 transformers gets a callback more, which writes lines of JSON: `begin`, with what the trainer was told, and one for
-each step. The process ends with step STAMPS_STEPS, with the first one that ends after STAMPS_SECONDS of training, or
-with training: what follows it is not measured, and nothing is saved.
+each step. The process ends with step STAMPS_STEPS, with the first from STAMPS_LEAST on that ends after STAMPS_SECONDS
+of training, or with training: what follows it is not measured, and nothing is saved.
 """
 
 import json
@@ -63,7 +63,8 @@ def fit(trainer: Any) -> None:
     import torch
 
     batches, path = [], os.environ["STAMPS"]
-    steps, seconds = int(os.environ.get("STAMPS_STEPS", 0)), float(os.environ.get("STAMPS_SECONDS", "inf"))
+    steps, least = (int(os.environ.get(f"STAMPS_{name}", 0)) for name in ("STEPS", "LEAST"))
+    seconds = float(os.environ.get("STAMPS_SECONDS", "inf"))
     train = trainer.Trainer.training_step
 
     def training_step(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -117,7 +118,8 @@ def fit(trainer: Any) -> None:
                 **memory(torch),
             )
             batches.clear()
-            if state.global_step == steps or time.monotonic() - self.started > seconds:
+            late = time.monotonic() - self.started > seconds and state.global_step >= least
+            if state.global_step == steps or late:
                 leave()
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

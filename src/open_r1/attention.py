@@ -387,10 +387,9 @@ def by_kernel(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    groups, width = query.shape[1] // key.shape[1], value.shape[-1]
+    width = value.shape[-1]
+    # torch 2.11 takes groups of heads without being told.
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    if groups > 1 and not grouped:  # torch 2.11
-        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     if width != query.shape[-1]:  # latent attention has narrower values; padding by nothing would copy them
         value = F.pad(value, (0, query.shape[-1] - width))
     states = (each[0].transpose(0, 1) for each in (query, key, value))

@@ -672,6 +672,7 @@ def trainer_arguments(args: "SFTConfig") -> "SFTConfig":
     if told.padding_free and not told.packing:
         told.max_length = None  # rows are cut already; TRL refuses a limit it would not enforce
     told.save_total_limit = None  # the trainer's rotation counts directories; ours counts complete checkpoints
+    told.logging_nan_inf_filter = False  # what is no number stops the run, and looking for it here makes a GPU wait
     told.use_cache = True  # saved into config.json for serving; TRL switches it off in every training step itself
     told.push_to_hub = args.push_to_hub or args.push_to_hub_revision
     if told.push_to_hub and args.hub_model_revision != "main":
