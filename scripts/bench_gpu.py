@@ -35,16 +35,17 @@ LORA = {
     "use_peft": True,
     "lora_r": 16,
     "lora_alpha": 32,
+    "lora_dropout": 0.0,
     "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 # bf16 weights: they and both moments of AdamW, on all sides. In float32 an 8B takes 122 GiB without activations.
 METHODS: dict[str, dict[str, Any]] = {"full": {}, "full, bf16 weights": {"dtype": "bfloat16"}, "LoRA": LORA}
-METHODS |= {f"{name}, Liger": {**told, "use_liger_kernel": True} for name, told in METHODS.items()}
+METHODS |= {f"{name}, compiled": {**told, "torch_compile": True} for name, told in METHODS.items()}
 # Tokens of a document: lognormal, cut at the context, as answers of reasoning models are long. Packs of them, `bfd`.
 MEDIAN, SIGMA, DOCUMENTS = 3000, 0.65, 900
 ACCUMULATED = 2  # packs of an optimiser step
 SKIPPED = 2  # steps that are not counted, in which kernels are chosen and the optimiser's state is made
-SECONDS, STEPS = 14, 16  # of training, whichever ends first, but one step more than is skipped at least
+SECONDS, STEPS = 11, 16  # of training, whichever ends first, but one step more than is skipped at least
 STARTING = 240  # seconds for what a process imports, on a machine that has not done so before
 SHORTEST = 30  # seconds that a cell needs at least
 FULL = ("out of memory", "outofmemory", "memory is full")  # what a run says, and ours, when a device's memory is
@@ -77,8 +78,8 @@ WANTED = [
     ("8B", "full, bf16 weights", 8192, ("ours", "stock", "tuned")),
     ("8B", "LoRA", 4096, ("ours", "stock", "tuned")),
     ("1.7B", "full", 32768, ("ours", "stock", "tuned")),
-    ("8B", "full, bf16 weights, Liger", 8192, ("ours", "stock")),
-    ("8B", "LoRA, Liger", 4096, ("ours", "stock")),
+    ("8B", "LoRA, compiled", 4096, ("ours", "stock")),
+    ("8B", "full, bf16 weights, compiled", 8192, ("ours", "stock")),
     ("1.7B", "full", 4096, ("ours", "tuned", "stock")),
     ("0.6B", "full", 4096, ("ours", "tuned", "stock")),
     ("8B", "LoRA", 16384, ("ours", "tuned", "stock")),

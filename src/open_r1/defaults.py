@@ -14,6 +14,7 @@ import numpy as np
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import is_liger_kernel_available
 
 from open_r1.memory import device_memory, main_memory, plan_memory
 from open_r1.model import planned_dtype
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 FITS = 0.8  # of a device's memory: plans are within 15 % of what a run takes, and something stays free
 SURELY = 0.4  # of it, by a bound that takes no measuring
 TILE = (4096, 8192)  # tokens and vocabulary of which the fused head makes logits at once (trl 1.16), or all of it
-SELECTIVE = (3, 2)  # of so many layers one is computed again
+SELECTIVE = (8, 6, 4, 3, 2)  # of so many layers one is computed again
 WORKERS, CORES = 2, 4  # for a GPU, where each has so many cores
 
 
@@ -61,6 +62,8 @@ def settle(
         }
     if "dataloader_num_workers" in asked:
         found["dataloader_num_workers"] = workers(args, shares)
+    if "use_liger_kernel" in asked:
+        found["use_liger_kernel"] = liger(args, config)
     [found] = broadcast_object_list([found])
     for name, (value, why) in sorted(found.items()):
         setattr(args, name, value)
@@ -118,6 +121,21 @@ def checkpointing(
     finally:
         if args.deepspeed_plugin is not None:
             args.deepspeed_plugin.set_deepspeed_weakref()
+
+
+def liger(args: "SFTConfig", config: PreTrainedConfig) -> tuple[bool, str]:
+    """Whether norms, rotations and gates are liger-kernel's, and why: nothing is to be said where there is no GPU."""
+    if args.device.type != "cuda":
+        return False, ""
+    if not is_liger_kernel_available():
+        return False, "liger-kernel is not installed, which would make it faster: pip install liger-kernel"
+    if args.torch_compile:
+        return False, "torch_compile fuses the same"
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return False, f"liger-kernel does not know {config.model_type}"
+    return True, "its norms, rotations and gates take less time and memory"
 
 
 def capacity_of(args: "SFTConfig") -> int | None:

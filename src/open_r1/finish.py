@@ -21,6 +21,7 @@ from open_r1.findings import Finding, as_text, has_errors
 from open_r1.generations import Answers
 from open_r1.handover import answers, parameters, verify
 from open_r1.live import leave_terminals_that_are_gone
+from open_r1.model import adapters_cast
 from open_r1.processes import Agreed
 from open_r1.recipe import Recipe
 from open_r1.stopping import Preempted
@@ -44,7 +45,8 @@ def train(trainer: "OrderedTrainer") -> None:
     """
     out = Path(trainer.args.output_dir)
     try:
-        with room(out, "the run"):
+        autocast = trainer.args.bf16 or trainer.args.fp16
+        with room(out, "the run"), adapters_cast(trainer.model, cast=not autocast):
             metrics = trainer.train(resume_from_checkpoint=trainer.earlier.get("checkpoint")).metrics
     except torch.OutOfMemoryError as error:
         raise Stopped(out_of_memory(trainer, error)) from error

@@ -17,6 +17,7 @@ from open_r1.errors import UserError
 from open_r1.formats import check_turns, message_of
 from open_r1.handover import as_set, greedy_answer
 from open_r1.isolation import undisturbed
+from open_r1.model import adapters_cast
 from open_r1.resuming import launch_of
 from open_r1.views import visible
 
@@ -166,7 +167,8 @@ def to_generate(trainer: "OrderedTrainer") -> Iterator[PreTrainedModel]:
     try:
         with undisturbed(model, trainer.args.device):
             whole = unwrap_model_for_generation(trainer.model_wrapped, accelerator) if sharded else None
-            with whole or contextlib.nullcontext(accelerator.unwrap_model(model)) as unwrapped:
+            unwrapping = whole or contextlib.nullcontext(accelerator.unwrap_model(model))
+            with unwrapping as unwrapped, adapters_cast(unwrapped, cast=True):  # there is no autocast here
                 yield unwrapped
     finally:
         for module in checkpointed:

@@ -1,5 +1,6 @@
 """The model on the dtype, attention and quantisation that fit how it is trained, and its adapter."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -89,6 +90,25 @@ def not_installed(model_args: "ModelConfig", training_args: "SFTConfig") -> Iter
             tracker == "tensorboard" and importlib.util.find_spec("tensorboardX")
         ):
             yield f"report_to: {tracker} is not installed; pip install {tracker}, or drop it"
+
+
+@contextlib.contextmanager
+def adapters_cast(model: torch.nn.Module, cast: bool) -> Iterator[None]:
+    """Have adapters cast what they are given to their weights' dtype, or not, in a block.
+
+    Under autocast that is in vain: float32 copies of bfloat16 states are made to be rounded back to the same numbers.
+    PEFT leaves it out itself there where the base is quantised (peft 0.21, `lora/bnb.py`). DoRA computes with them.
+    """
+    layers = [layer for layer in model.modules() if hasattr(layer, "cast_input_dtype_enabled")]
+    layers = [layer for layer in layers if cast or not any(getattr(layer, "use_dora", {}).values())]
+    before = [layer.cast_input_dtype_enabled for layer in layers]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = cast
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.cast_input_dtype_enabled = enabled
 
 
 def get_model(

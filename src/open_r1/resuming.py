@@ -186,7 +186,11 @@ def facts_of(
     return {
         "settings": settings,
         "defaults": defaults,
-        "settled": {"padding_free": args.padding_free, "attn_implementation": model.attn_implementation},
+        "settled": {
+            "padding_free": args.padding_free,
+            "attn_implementation": model.attn_implementation,
+            "use_liger_kernel": args.use_liger_kernel,
+        },
         "data": prepared.train.key,
         "evaluated": prepared.eval.key if prepared.eval else None,
         "order": order.facts,
