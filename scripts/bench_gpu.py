@@ -40,7 +40,15 @@ LORA = {
 }
 # bf16 weights: they and both moments of AdamW, on all sides. In float32 an 8B takes 122 GiB without activations.
 METHODS: dict[str, dict[str, Any]] = {"full": {}, "full, bf16 weights": {"dtype": "bfloat16"}, "LoRA": LORA}
-METHODS |= {f"{name}, compiled": {**told, "torch_compile": True} for name, told in METHODS.items()}
+METHODS |= {
+    f"{name}, {how}": {**told, **more}
+    for name, told in METHODS.items()
+    for how, more in {
+        "no Liger": {"use_liger_kernel": False},
+        "Liger": {"use_liger_kernel": True},  # which ours settles by itself, and stock does not
+        "compiled": {"torch_compile": True},
+    }.items()
+}
 # Tokens of a document: lognormal, cut at the context, as answers of reasoning models are long. Packs of them, `bfd`.
 MEDIAN, SIGMA, DOCUMENTS = 3000, 0.65, 900
 ACCUMULATED = 2  # packs of an optimiser step

@@ -2,24 +2,25 @@
 
 import json
 import logging
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import losses, settings
-from transformers import AutoConfig, Gemma3nTextConfig, GPT2Config, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3nTextConfig, GPT2Config, Qwen3Config
 
 from open_r1 import defaults
 from open_r1.attention import keeps_documents
 from open_r1.configs import ModelConfig, SFTConfig
-from open_r1.defaults import bound, capacity_of, checkpointing, settle, workers
+from open_r1.defaults import SELECTIVE, bound, capacity_of, checkpointing, liger, settle, workers
 from open_r1.finish import out_of_memory
-from open_r1.memory import device_memory, plan_memory
+from open_r1.memory import DEPTHS, device_memory, keep_less, plan_memory
 from open_r1.sft import main
 from open_r1.trainer import OrderedTrainer
 
-OPEN = {"padding_free", "activation_checkpointing", "dataloader_num_workers"}
+OPEN = {"padding_free", "activation_checkpointing", "dataloader_num_workers", "use_liger_kernel"}
 LARGE = Qwen3Config(
     hidden_size=1024,
     intermediate_size=3072,
@@ -62,7 +63,8 @@ def start(tiny_model, chat_file, tmp_path):
 def test_a_recipe_leaves_open_what_it_does_not_say():
     assert arguments().unsettled == OPEN
     said = arguments(padding_free=False, activation_checkpointing=True, dataloader_num_workers=0)
-    assert said.unsettled == set()
+    assert said.unsettled == {"use_liger_kernel"}
+    assert arguments(use_liger_kernel=False).unsettled == OPEN - {"use_liger_kernel"}
     assert arguments(gradient_checkpointing=False).unsettled == OPEN - {"activation_checkpointing"}
 
 
@@ -71,8 +73,9 @@ def test_what_is_settled_is_said_with_its_reason(config, caplog):
     with caplog.at_level(logging.INFO):
         settle(args, ModelConfig(), config, part(), 512, why_not="")
     assert (args.padding_free, args.activation_checkpointing, args.dataloader_num_workers) == (True, False, 0)
-    assert args.gradient_checkpointing is False
-    assert [record.message.partition(":")[0] for record in caplog.records] == sorted(OPEN)
+    assert args.gradient_checkpointing is False and args.use_liger_kernel is False
+    said = [record.message.partition(":")[0] for record in caplog.records]
+    assert said == sorted(OPEN - {"use_liger_kernel"})  # of which nothing is to be said on a CPU
     assert "padding_free: true by default: without it 60.0% of a batch of 8 rows would be padding" in caplog.text
 
 
@@ -100,6 +103,26 @@ def test_rows_are_padded_where_nothing_is_gained(config, caplog, values, why_not
     assert f"padding_free: false by default: {why}" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("installed", "compiled", "model_type", "on", "why"),
+    [
+        (True, False, "qwen3", True, "take less time and memory"),
+        (True, True, "qwen3", False, "torch_compile fuses the same"),
+        (True, False, "cpmant", False, "liger-kernel does not know cpmant"),
+        (False, False, "qwen3", False, "liger-kernel is not installed, which would make it faster"),
+    ],
+)
+def test_ligers_kernels_where_they_are_to_be_had(monkeypatch, installed, compiled, model_type, on, why):
+    known = SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"qwen3": None})
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", known)
+    monkeypatch.setattr(defaults, "is_liger_kernel_available", lambda: installed)
+    args = SimpleNamespace(device=torch.device("cuda"), torch_compile=compiled)
+    found, reason = liger(args, SimpleNamespace(model_type=model_type))
+    assert found == on and why in reason
+    args.device = torch.device("cpu")
+    assert liger(args, SimpleNamespace(model_type=model_type)) == (False, "")
+
+
 class TestCheckpointing:
     """By plans of a model of six layers, 8 rows of 512 tokens, against the memory that a device is said to have."""
 
@@ -113,14 +136,14 @@ class TestCheckpointing:
 
     @pytest.fixture(scope="class")
     def plans(self):
-        """Bytes of a step by how many layers are computed again: none, one in 3, one in 2, all."""
+        """Bytes of a step by how many layers are computed again: none, one in 6, one in 3, one in 2, all."""
 
         def total(every):
             args = arguments(activation_checkpointing=bool(every))
             args.activation_checkpointing_kwargs = {"every_n_layers": every}
             return plan_memory(LARGE, "float32", ModelConfig(), args, 512, LARGE.vocab_size)["total"]
 
-        return [total(every) for every in (None, 3, 2, 1)]
+        return [total(every) for every in (None, 6, 3, 2, 1)]
 
     def test_fewer_layers_kept_take_less(self, plans):
         assert plans == sorted(plans, reverse=True) and plans[-1] < 0.8 * plans[0]
@@ -130,12 +153,15 @@ class TestCheckpointing:
         assert (on, how) == (False, None) and "keeping them takes" in why
 
     def test_of_some_layers_where_it_nearly_fits(self, settled, plans):
-        for place, every in ((1, 3), (2, 2)):
+        for place, every in ((1, 6), (2, 3), (3, 2)):
             on, how, why = settled(int(plans[place] / 0.79))
             assert (on, how) == (True, {"every_n_layers": every}) and f"one layer in {every}" in why
 
+    def test_plans_of_deep_models_tell_them_apart(self):
+        assert all(depth % every == 0 for depth in DEPTHS for every in SELECTIVE)
+
     def test_on_where_it_does_not(self, settled, plans):
-        assert settled(int(plans[3] / 0.79))[:2] == (True, None)
+        assert settled(int(plans[4] / 0.79))[:2] == (True, None)
         assert settled(2**20)[:2] == (True, None)
 
     def test_on_where_the_device_is_not_known(self, settled):
@@ -191,6 +217,22 @@ class TestCheckpointing:
         model_args = ModelConfig(attn_implementation=attention)
         found = plan_memory(config, "float32", model_args, args, shape[1], config.vocab_size)["total"]
         assert bound(args, config, shape[1], config.vocab_size) > 1.5 * found
+
+    def test_layers_on_ligers_kernels_keep_less_and_compute_the_same(self, config, plans):
+        args = arguments(activation_checkpointing=False, use_liger_kernel=True)
+        assert plan_memory(LARGE, "float32", ModelConfig(), args, 512, LARGE.vocab_size)["total"] < 0.95 * plans[0]
+        torch.manual_seed(0)
+        model, ids = AutoModelForCausalLM.from_config(config).train(), torch.arange(3, 40)[None]
+
+        def learnt():
+            loss = model(input_ids=ids, labels=ids).loss
+            model.zero_grad()
+            loss.backward()
+            return [loss.detach(), *(weight.grad.clone() for weight in model.parameters())]
+
+        before = learnt()
+        keep_less(model)
+        assert all(torch.equal(one, other) for one, other in zip(before, learnt(), strict=True))
 
     def test_the_bound_takes_layers_of_different_widths(self):
         config = Gemma3nTextConfig(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])

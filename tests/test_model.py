@@ -5,13 +5,15 @@ import itertools
 import pytest
 import torch
 from make_docstrings import write_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
 from open_r1.chat import get_tokenizer
 from open_r1.configs import ModelConfig, SFTConfig
 from open_r1.errors import UserError
-from open_r1.model import adapter_config, check_model, fit_vocabulary, get_model, weights_dtype
+from open_r1.memory import size_of
+from open_r1.model import adapter_config, adapters_cast, check_model, fit_vocabulary, get_model, weights_dtype
 
 
 def arguments(**values):
@@ -145,3 +147,50 @@ def test_no_adapter_config_without_peft_or_on_an_adapter(tiny_model):
     assert adapter_config(model_args, model, tokenizer) is None
     config = adapter_config(ModelConfig(model_name_or_path=tiny_model, use_peft=True), model, tokenizer)
     assert config.modules_to_save is None
+
+
+@pytest.fixture
+def adapted(tiny_model):
+    """A bfloat16 model with float32 adapters that say something, and token ids for it."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear", lora_dropout=0.0, init_lora_weights=False))
+    return model.train(), torch.arange(5, 45)[None]
+
+
+def test_adapters_need_no_casts_under_autocast(adapted):
+    model, ids = adapted
+
+    def learnt(cast):
+        kept = []  # for the backward pass
+        with adapters_cast(model, cast), torch.autocast("cpu", torch.bfloat16):
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda kept_one: kept.append(kept_one) or kept_one, lambda x: x
+            ):
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+        grads = [weight.grad.clone() for weight in model.parameters() if weight.requires_grad]
+        model.zero_grad()
+        return loss, grads, size_of(kept)
+
+    (loss, grads, more), (same, equal, less) = learnt(True), learnt(False)
+    assert loss == same and grads[0].abs().max() > 0
+    assert all(torch.equal(one, other) for one, other in zip(grads, equal, strict=True))
+    assert less < more
+
+
+def test_adapters_cast_again_where_there_is_no_autocast(adapted):
+    model, ids = adapted
+    with adapters_cast(model, False):
+        with pytest.raises(RuntimeError, match="dtype"):
+            model(input_ids=ids)
+        with adapters_cast(model, True):
+            inside = model(input_ids=ids).logits
+    assert torch.equal(model(input_ids=ids).logits, inside)
+
+
+def test_doras_adapters_cast(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear", use_dora=True))
+    ids = torch.arange(5, 45)[None]
+    with adapters_cast(model, False):
+        assert model(input_ids=ids).logits.isfinite().all()

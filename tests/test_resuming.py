@@ -302,7 +302,7 @@ class TestTakesEffect:
 
     def test_saying_what_was_settled_is_the_same_run(self, again, half, whole, tiny_model, chat_file, capsys):
         settled = json.loads((half / "run_state.json").read_text())["settled"]
-        assert settled == {"padding_free": True, "attn_implementation": "varlen"}
+        assert settled == {"padding_free": True, "attn_implementation": "varlen", "use_liger_kernel": False}
         assert main(argv(tiny_model, chat_file, whole, **settled)) == 0  # which is finished
         assert again(**{**settled, "padding_free": False}) == 2
         assert "other settings (padding_free: True -> False)" in capsys.readouterr().err

@@ -28,7 +28,11 @@ logger = logging.getLogger(__name__)
 FITS = 0.8  # of a device's memory: plans are within 15 % of what a run takes, and something stays free
 SURELY = 0.4  # of it, by a bound that takes no measuring
 TILE = (4096, 8192)  # tokens and vocabulary of which the fused head makes logits at once (trl 1.16), or all of it
-SELECTIVE = (8, 6, 4, 3, 2)  # of so many layers one is computed again
+SELECTIVE = (
+    6,
+    3,
+    2,
+)  # divisors of the depths that plans are made of (`memory.DEPTHS`): of so many layers one is computed again
 WORKERS, CORES = 2, 4  # for a GPU, where each has so many cores
 
 
@@ -52,6 +56,9 @@ def settle(
         found["padding_free"] = padding_free(args, train, why_not)
         args.padding_free = found["padding_free"][0]  # which memory depends on
         args.unsettled.discard("padding_free")
+    if "use_liger_kernel" in asked:
+        found["use_liger_kernel"] = liger(args, config)
+        args.use_liger_kernel = found["use_liger_kernel"][0]  # so it does on this
     if "activation_checkpointing" in asked:
         value, how, why = checkpointing(args, model_args, config, train, vocabulary)
         found["activation_checkpointing"] = value, why
@@ -62,8 +69,6 @@ def settle(
         }
     if "dataloader_num_workers" in asked:
         found["dataloader_num_workers"] = workers(args, shares)
-    if "use_liger_kernel" in asked:
-        found["use_liger_kernel"] = liger(args, config)
     [found] = broadcast_object_list([found])
     for name, (value, why) in sorted(found.items()):
         setattr(args, name, value)

@@ -9,6 +9,8 @@ import copy
 import os
 import warnings
 import weakref
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +20,14 @@ from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl import get_peft_config
 from trl.trainer.utils import add_fused_lm_head
 
 from open_r1.attention import keeps_documents
-from open_r1.model import skeleton
+from open_r1.model import adapters_cast, skeleton
 
 if TYPE_CHECKING:
     from open_r1.configs import ModelConfig, SFTConfig
@@ -93,7 +96,10 @@ def measure(
         if (lora := get_peft_config(model_args)) is not None:
             with torch.device("meta"):
                 model = get_peft_model(model, lora)  # in float32, as peft keeps what it trains
-    with FakeTensorMode(), warnings.catch_warnings():
+    if args.use_liger_kernel:
+        keep_less(model)
+    half = half_of(args)
+    with FakeTensorMode(), warnings.catch_warnings(), adapters_cast(model, cast=not half):
         warnings.simplefilter("ignore")
         fill(model)
         if args.activation_checkpointing:
@@ -106,7 +112,6 @@ def measure(
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
         tracker = Peak([*model.parameters(), *model.buffers()])
-        half = half_of(args)
         cast = torch.autocast("cpu", getattr(torch, half)) if half else contextlib.nullcontext()
         # For eager and sdpa the mask of a row of several documents is one of all pairs.
         masked = (1, 1, *shape[1:] * 2) if flat and attention != LENGTHS else shape
@@ -183,6 +188,25 @@ def fill(model: torch.nn.Module) -> None:
             module._parameters[name] = made.get(id(tensor))
         for name, tensor in module._buffers.items():
             module._buffers[name] = tensor if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def keep_less(model: torch.nn.Module) -> None:
+    """Have norms and gates keep for the backward pass what liger-kernel's keep, which run nowhere but on a GPU.
+
+    Norms what they are given, gates both of their operands; all else is computed again.
+    """
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(again, module.forward)
+        elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+            module.forward = partial(gated, module, again)
+
+
+def gated(block: Any, again: Callable[..., torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+    """What a gated block makes of states, of shape (rows, tokens, width); `again` runs what is not kept."""
+    inner = again(lambda gate, up: block.act_fn(gate) * up, block.gate_proj(states), block.up_proj(states))
+    return block.down_proj(inner)
 
 
 def step(model: Any, shape: tuple[int, int], masked: tuple[int, ...], cast: Any) -> None:

@@ -1,10 +1,12 @@
-"""The memory that is planned is what torch's allocator hands out in a real run, within 15 %."""
+"""The memory that is planned is what torch's allocator hands out in a real run, within 15 %, on a CPU and on a GPU."""
 
 import gc
 import itertools
+import json
 
 import pytest
-from conftest import settings
+from bench_gpu import METHODS, write_shape
+from conftest import ROOT, settings
 from datasets import Dataset
 from make_docstrings import docstrings, write_model
 from torch.profiler import ProfilerActivity, profile
@@ -12,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 from trl import SFTTrainer
 
 from open_r1.chat import get_tokenizer
+from open_r1.configs import ModelConfig, SFTConfig
 from open_r1.memory import plan_memory
 from open_r1.model import adapter_config, get_model, weights_dtype
 from open_r1.recipe import load_recipe
@@ -29,6 +32,9 @@ CASES = {
     "more rows": (4, 128, {}),
     "deeper": (2, 128, {"layers": 16}),
 }
+
+MEASURED = json.loads((ROOT / "docs/performance/gpu.json").read_text())["gpu"]["runs"]
+ON_A_GPU = [run for run in MEASURED if run["side"] == "ours" and run["outcome"] == "done"]
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +96,27 @@ def test_a_run_takes_what_was_planned(models, tmp_path, rows, length, values):
     measured = there + max(now)
     print(f"{planned / 2**20:.0f} MiB planned, {measured / 2**20:.0f} measured, {planned / measured:.3f}")
     assert planned == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("run", [run for run in ON_A_GPU if "lora_dropout" not in run], ids=str)
+def test_a_run_on_a_gpu_took_what_is_planned(run, tmp_path):
+    """Of the figures that `bench.py gpu` has measured; those with `lora_dropout` cast what adapters are given."""
+    write_shape(tmp_path, run["shape"])
+    config, told = AutoConfig.from_pretrained(tmp_path / run["shape"]), run["settled"]
+    args = SFTConfig(
+        output_dir="unused",
+        use_cpu=True,
+        bf16=True,
+        packing=True,
+        max_length=run["context"],
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        activation_checkpointing=told["activation_checkpointing"],
+        activation_checkpointing_kwargs=told.get("activation_checkpointing_kwargs"),
+        use_liger_kernel=told["use_liger_kernel"],
+    )
+    lora = {key: value for key, value in METHODS[run["method"]].items() if "lora" in key or "peft" in key}
+    model_args = ModelConfig(model_name_or_path="unused", attn_implementation=run["attention"], **lora)
+    planned = plan_memory(config, told["dtype"], model_args, args, run["context"], config.vocab_size)["total"] / 2**30
+    print(f"| {run['shape']}, {run['method']} | {run['context']:,} | {planned:.1f} | {run['allocated_gib']:.1f} |")
+    assert 0.98 < planned / run["allocated_gib"] < 1.15
