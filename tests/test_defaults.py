@@ -285,6 +285,49 @@ class TestMemory:
         assert "step 1: the device's memory is full (CUDA out of memory); set activation_checkpointing: true" in said
         assert "per_device_train_batch_size: 2 with global_batch_size: 4, the same steps" in said
 
+    @pytest.mark.parametrize(
+        ("method", "error", "said"),
+        [
+            (
+                "prediction_step",
+                torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),
+                "evaluation at step 3: the device's memory is full (CUDA out of memory); set "
+                "per_device_eval_batch_size: 2, the same losses",
+            ),
+            (
+                "training_step",
+                RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+                "step 1: the device's memory is full (CUDA error: CUBLAS_STATUS_ALLOC_FAILED",
+            ),
+            (
+                "_move_model_to_device",
+                torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),
+                "the model does not fit into the device's memory (CUDA out of memory); see with nvidia-smi",
+            ),
+        ],
+        ids=["evaluation", "library", "placing"],
+    )
+    def test_wherever_it_is_full(self, start, monkeypatch, capsys, method, error, said):
+        def full(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(OrderedTrainer, method, full)
+        if method == "_move_model_to_device":
+            monkeypatch.setattr(OrderedTrainer, "place_model_on_device", True, raising=False)
+        evaluation = {"eval_strategy": "steps", "eval_steps": 3, "test_split_size": 0.2}
+        evaluation["per_device_eval_batch_size"] = 4
+        with pytest.raises(AssertionError, match="assert 1 == 0"):
+            start("full", **evaluation)
+        assert said in capsys.readouterr().err
+
+    def test_what_is_another_error_stays_one(self, start, monkeypatch):
+        def broken(*args, **kwargs):
+            raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
+
+        monkeypatch.setattr(OrderedTrainer, "training_step", broken)
+        with pytest.raises(RuntimeError, match="size of tensor a"):
+            start("broken")
+
     @pytest.mark.parametrize(("how", "offered"), [(None, False), ({"every_n_layers": 3}, True)])
     def test_where_only_some_layers_are_computed_again_all_of_them_are_a_way(self, how, offered):
         args = arguments(activation_checkpointing=True, activation_checkpointing_kwargs=how)

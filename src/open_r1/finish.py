@@ -1,9 +1,11 @@
 """What follows training: evaluation, model card, upload, and the summary. The model is saved before any of it."""
 
+import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from open_r1.trainer import OrderedTrainer
 
 logger = logging.getLogger(__name__)
+FULL = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")  # what libraries say of a device
 # Parameters up to which the saved model answers prompts: on this device, or on the CPU where the weights are sharded.
 ANSWERS, ANSWERS_ON_CPU = 1_000_000_000, 200_000_000
 ANSWER_TOKENS = 64
@@ -48,7 +51,9 @@ def train(trainer: "OrderedTrainer") -> None:
         autocast = trainer.args.bf16 or trainer.args.fp16
         with room(out, "the run"), adapters_cast(trainer.model, cast=not autocast):
             metrics = trainer.train(resume_from_checkpoint=trainer.earlier.get("checkpoint")).metrics
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_full(error):
+            raise
         raise Stopped(out_of_memory(trainer, error)) from error
     finally:
         watch(None)
@@ -62,9 +67,34 @@ def train(trainer: "OrderedTrainer") -> None:
         raise Preempted(f"{trainer.stop.signal}: trained and saved, what follows is left to the next start")
 
 
+def is_full(error: RuntimeError) -> bool:
+    """Whether an error says that a device's memory is: torch's own, or that of a library of the device's."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in FULL)
+
+
+@contextlib.contextmanager
+def placed() -> Iterator[None]:
+    """Say so in words where a model does not even fit into a device's memory. Raises `Stopped`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_full(error):
+            raise
+        raise Stopped(
+            f"the model does not fit into the device's memory ({str(error).partition('. ')[0]}); see with nvidia-smi "
+            "that nothing else is in it, set use_peft: true with load_in_4bit: true, or take devices that share the "
+            "model (zero3, fsdp2); make check plans it"
+        ) from error
+
+
 def out_of_memory(trainer: "OrderedTrainer", error: Exception) -> str:
-    """What to do about a device whose memory is full."""
-    args, each = trainer.args, trainer.args.per_device_train_batch_size
+    """What to do about a device whose memory is full: in a step, or in an evaluation behind one."""
+    args, each, step = trainer.args, trainer.args.per_device_train_batch_size, trainer.state.global_step
+    full = f"the device's memory is full ({str(error).partition('. ')[0]})"
+    if any(frame.f_code.co_name == "evaluate" for frame, _ in traceback.walk_tb(error.__traceback__)):
+        rows = args.per_device_eval_batch_size
+        fewer = f"per_device_eval_batch_size: {rows // 2}, the same losses" if rows > 1 else "a smaller max_length"
+        return f"evaluation at step {step}: {full}; set {fewer}. Checkpoints are as they were"
     every = (args.activation_checkpointing_kwargs or {}).get("every_n_layers", 1)
     whole = args.activation_checkpointing and every == 1  # by default it may be of some layers
     ways = [] if whole else ["activation_checkpointing: true"]
@@ -72,10 +102,7 @@ def out_of_memory(trainer: "OrderedTrainer", error: Exception) -> str:
         size = trainer.order.batch
         ways.append(f"per_device_train_batch_size: {each // 2} with global_batch_size: {size}, the same steps")
     ways += ["a smaller max_length", "use_peft: true", "or more devices that share the model (zero3, fsdp2)"]
-    return (
-        f"step {trainer.state.global_step + 1}: the device's memory is full ({str(error).partition('. ')[0]}); set "
-        f"{', '.join(ways)}; make check plans it. Checkpoints are as they were"
-    )
+    return f"step {step + 1}: {full}; set {', '.join(ways)}; make check plans it. Checkpoints are as they were"
 
 
 def save_results(trainer: SFTTrainer, split: str, metrics: dict[str, float]) -> None:

@@ -100,7 +100,7 @@ def run(recipe: Recipe, stop: Stop) -> int:
         from open_r1.chat import get_tokenizer
         from open_r1.defaults import settle
         from open_r1.faults import free_builds
-        from open_r1.finish import after_saving, end, summarize, train
+        from open_r1.finish import after_saving, end, placed, summarize, train
         from open_r1.generations import prompts_of
         from open_r1.model import adapter_config, check_model, get_model
         from open_r1.order import order_of
@@ -140,22 +140,23 @@ def run(recipe: Recipe, stop: Stop) -> int:
         ready_branch(training_args, resuming=bool(earlier))
         put_down(recipe, training_args, prepared, tokenizer, {**tracked, **facts}, earlier.get("step", 0))
     stop.begun = True
-    model = get_model(model_args, training_args, tokenizer)
-    trainer = OrderedTrainer(
-        order=order,
-        part=prepared.train,
-        tested=prepared.eval,
-        facts=facts,
-        earlier=earlier,
-        stop=stop,
-        limit=training_args.save_total_limit,
-        model=model,
-        args=trainer_arguments(training_args),
-        train_dataset=prepared.train.rows,
-        processing_class=tokenizer,
-        peft_config=adapter_config(model_args, model, tokenizer),
-        callbacks=callbacks,
-    )
+    with placed():
+        model = get_model(model_args, training_args, tokenizer)
+        trainer = OrderedTrainer(
+            order=order,
+            part=prepared.train,
+            tested=prepared.eval,
+            facts=facts,
+            earlier=earlier,
+            stop=stop,
+            limit=training_args.save_total_limit,
+            model=model,
+            args=trainer_arguments(training_args),
+            train_dataset=prepared.train.rows,
+            processing_class=tokenizer,
+            peft_config=adapter_config(model_args, model, tokenizer),
+            callbacks=callbacks,
+        )
     with followed(trainer, prompts):
         train(trainer)
         failed = after_saving(trainer, recipe, prepared)
