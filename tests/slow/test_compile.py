@@ -1,4 +1,4 @@
-"""`torch_compile`, which needs a C++ compiler on a CPU: layer by layer, the same losses, resumed, saved under plain names."""
+"""`torch_compile`, which needs a C++ compiler on a CPU: layer by layer, the same losses, resumed, under plain names."""
 
 import os
 
