@@ -1,4 +1,4 @@
-"""`torch_compile`, which needs a C++ compiler on a CPU: layer by layer, the same losses, resumed, under plain names."""
+"""`torch_compile` (on a CPU it needs a C++ compiler): layer by layer, the same losses, resumed, under plain names."""
 
 import os
 
