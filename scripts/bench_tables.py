@@ -65,7 +65,8 @@ def circumstances(section: Section) -> str:
     repeats = max((run.get("repeat", 1) for run in section["runs"]), default=0)
     versions = ", ".join(f"{name} {version}" for name, version in section["versions"].items())
     threads, times = section["threads"], f"{repeats} repeat{'s' if repeats != 1 else ''}"
-    machine = f"{section['device']} with {section['memory_gib']} GiB, {threads} thread{'s' if threads > 1 else ''}"
+    gib = round(section["memory_bytes"] / 2**30) if "memory_bytes" in section else section["memory_gib"]
+    machine = f"{section['device']} with {gib} GiB, {threads} thread{'s' if threads > 1 else ''}"
     commits = {section["commit"]} if "commit" in section else {run["commit"] for run in section["runs"]}
     return f"`{section['command']}`, {times}, on {machine}; {versions}; commit {', '.join(sorted(commits))}."
 

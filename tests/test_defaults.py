@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -104,23 +103,32 @@ def test_rows_are_padded_where_nothing_is_gained(config, caplog, values, why_not
 
 
 @pytest.mark.parametrize(
-    ("installed", "compiled", "model_type", "on", "why"),
+    ("more", "config", "on", "why"),
     [
-        (True, False, "qwen3", True, "take less time and memory"),
-        (True, True, "qwen3", False, "torch_compile fuses the same"),
-        (True, False, "cpmant", False, "liger-kernel does not know cpmant"),
-        (False, False, "qwen3", False, "liger-kernel is not installed, which would make it faster"),
+        ({}, {}, True, "take less time and memory"),
+        ({"torch_compile": True}, {}, False, "torch_compile fuses the same"),
+        ({"plan_processes": 8}, {}, False, "is not known; the run settles it"),
+        ({"dry_run": True, "plan_gpu": "H100"}, {}, False, "is not known; the run settles it"),
+        ({"lora_target_parameters": ["mlp.experts.gate_up_proj"]}, {}, False, "tried with the dense models of llama"),
+        ({}, {"model_type": "qwen3_moe"}, False, "tried with the dense models of llama"),
+        ({}, {"auto_map": {"AutoModelForCausalLM": "model.Mine"}}, False, "tried with the dense models of llama"),
+        ({"installed": False}, {}, False, "liger-kernel is not installed, which would make it faster"),
+        ({"loads": False}, {}, False, "does not load here (ImportError: 'no triton')"),
+        ({"device": torch.device("cpu")}, {}, False, ""),
     ],
 )
-def test_ligers_kernels_where_they_are_to_be_had(monkeypatch, installed, compiled, model_type, on, why):
-    known = SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"qwen3": None})
-    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", known)
-    monkeypatch.setattr(defaults, "is_liger_kernel_available", lambda: installed)
-    args = SimpleNamespace(device=torch.device("cuda"), torch_compile=compiled)
-    found, reason = liger(args, SimpleNamespace(model_type=model_type))
+def test_ligers_kernels_where_they_are_to_be_had(monkeypatch, more, config, on, why):
+    def load(name):
+        if not more.get("loads", True):
+            raise ImportError("no triton")
+
+    monkeypatch.setattr(defaults.importlib, "import_module", load)
+    monkeypatch.setattr(defaults, "is_liger_kernel_available", lambda: more.get("installed", True))
+    usual = {"torch_compile": False, "plan_processes": None, "dry_run": False, "plan_gpu": None}
+    args = SimpleNamespace(**{**usual, "device": torch.device("cuda"), "lora_target_parameters": None, **more})
+    found, reason = liger(args, args, SimpleNamespace(**{"model_type": "qwen3", **config}))
     assert found == on and why in reason
-    args.device = torch.device("cpu")
-    assert liger(args, SimpleNamespace(model_type=model_type)) == (False, "")
+    assert bool(why) == bool(reason)
 
 
 class TestCheckpointing:

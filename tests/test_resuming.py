@@ -284,6 +284,17 @@ class TestRefused:
         assert again() == 0
         assert "since checkpoint-4: torch: '1.0' -> " in caplog.text
 
+    def test_what_had_a_default_once_and_is_settled_now(self, again, half, caplog):
+        from open_r1 import checkpoints
+
+        seal = checkpoints.read_seal(half / "checkpoint-4")
+        seal["defaults"] |= {"use_liger_kernel": False}
+        del seal["settled"]["use_liger_kernel"]
+        files = seal.pop("files")
+        checkpoints.seal(half / "checkpoint-4", {name: digest for name, (_, digest) in files.items()}, seal)
+        assert again() == 0
+        assert "use_liger_kernel" not in caplog.text  # neither as changed nor as settled otherwise
+
     def test_a_checkpoint_of_an_earlier_version(self, half):
         path = sorted(half.glob("checkpoint-*"))[-1] / "progress_0.json"
         progress = json.loads(path.read_text())

@@ -4,6 +4,7 @@ Each is logged with its reason. The first process settles for all of a run; the 
 """
 
 import copy
+import importlib
 import logging
 import math
 import os
@@ -16,7 +17,8 @@ from transformers import PreTrainedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_liger_kernel_available
 
-from open_r1.memory import device_memory, main_memory, plan_memory
+from open_r1.formats import brief
+from open_r1.memory import LIGER, device_memory, main_memory, plan_memory
 from open_r1.model import planned_dtype
 from open_r1.processes import cores_here
 
@@ -57,7 +59,7 @@ def settle(
         args.padding_free = found["padding_free"][0]  # which memory depends on
         args.unsettled.discard("padding_free")
     if "use_liger_kernel" in asked:
-        found["use_liger_kernel"] = liger(args, config)
+        found["use_liger_kernel"] = liger(args, model_args, config)
         args.use_liger_kernel = found["use_liger_kernel"][0]  # so it does on this
     if "activation_checkpointing" in asked:
         value, how, why = checkpointing(args, model_args, config, train, vocabulary)
@@ -128,18 +130,22 @@ def checkpointing(
             args.deepspeed_plugin.set_deepspeed_weakref()
 
 
-def liger(args: "SFTConfig", config: PreTrainedConfig) -> tuple[bool, str]:
+def liger(args: "SFTConfig", model_args: "ModelConfig", config: PreTrainedConfig) -> tuple[bool, str]:
     """Whether norms, rotations and gates are liger-kernel's, and why: nothing is to be said where there is no GPU."""
+    if args.plan_processes is not None or (args.dry_run and args.plan_gpu):
+        return False, "whether liger-kernel is installed elsewhere is not known; the run settles it, and takes less"
     if args.device.type != "cuda":
         return False, ""
-    if not is_liger_kernel_available():
-        return False, "liger-kernel is not installed, which would make it faster: pip install liger-kernel"
     if args.torch_compile:
         return False, "torch_compile fuses the same"
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-
-    if config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        return False, f"liger-kernel does not know {config.model_type}"
+    if config.model_type not in LIGER or getattr(config, "auto_map", None) or model_args.lora_target_parameters:
+        return False, f"it is tried with the dense models of {', '.join(LIGER)} alone"
+    if not is_liger_kernel_available():
+        return False, "liger-kernel is not installed, which would make it faster: pip install liger-kernel"
+    try:
+        importlib.import_module("liger_kernel.transformers")
+    except Exception as error:  # it imports Triton and models of transformers, of which it may not fit the version
+        return False, f"liger-kernel does not load here ({type(error).__name__}: {brief(str(error))})"
     return True, "its norms, rotations and gates take less time and memory"
 
 

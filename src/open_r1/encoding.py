@@ -133,7 +133,8 @@ def encode_pieces(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase, spell
     backend.encode_special_tokens = False
     groups = list(by_bytes([piece for piece in pieces if piece.ids is None]))
     plains = [[piece for piece in group if piece.add_bos or OPEN not in piece.text] for group in groups]
-    encoded = encoders(os.getpid()).map(partial(ids_of, backend=backend), plains if spelling.texts else [])
+    if spelling.texts:
+        encoded = encoders(os.getpid()).map(partial(ids_of, backend=backend), plains)
     for group, plain in zip(groups, plains, strict=True):
         unclear = take_spelled(plain, next(encoded), spelling) if spelling.texts else plain
         encode_with_offsets(unclear, backend, spelling.bos)

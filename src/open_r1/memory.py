@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 LENGTHS = "lengths"  # attention without a mask of all pairs
 DEPTHS = (6, 12)  # layers that deeper models are measured with
+LIGER = ("llama", "mistral", "qwen2", "qwen3")  # models on whose layers liger-kernel's norms and gates are the same
 OUTPUTS = ("log_probs", "entropy", "is_top1")  # what TRL's trainer asks of the loss
 QUANTISED = {4: 0.55, 8: 1.05}  # bytes of a weight in bits, its scales included
 # Bytes of optimizer state for a trained parameter, by what the optimizer's name holds; AdamW keeps 8.
@@ -96,7 +97,7 @@ def measure(
         if (lora := get_peft_config(model_args)) is not None:
             with torch.device("meta"):
                 model = get_peft_model(model, lora)  # in float32, as peft keeps what it trains
-    if args.use_liger_kernel:
+    if args.use_liger_kernel and text.model_type in LIGER and not args.liger_kernel_config:
         keep_less(model)
     half = half_of(args)
     with FakeTensorMode(), warnings.catch_warnings(), adapters_cast(model, cast=not half):

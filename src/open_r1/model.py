@@ -96,8 +96,9 @@ def not_installed(model_args: "ModelConfig", training_args: "SFTConfig") -> Iter
 def adapters_cast(model: torch.nn.Module, cast: bool) -> Iterator[None]:
     """Have adapters cast what they are given to their weights' dtype, or not, in a block.
 
-    Under autocast that is in vain: float32 copies of bfloat16 states are made to be rounded back to the same numbers.
-    PEFT leaves it out itself there where the base is quantised (peft 0.21, `lora/bnb.py`). DoRA computes with them.
+    Under autocast that is in vain: float32 copies of bfloat16 states are made to be rounded back to the same numbers
+    (with dropout between them, what is dropped is drawn otherwise). PEFT leaves it out itself there where the base is
+    quantised (peft 0.21, `lora/bnb.py`). DoRA computes with them.
     """
     layers = [layer for layer in model.modules() if hasattr(layer, "cast_input_dtype_enabled")]
     layers = [layer for layer in layers if cast or not any(getattr(layer, "use_dora", {}).values())]

@@ -246,7 +246,9 @@ def require_same_run(checkpoint: str, now: dict[str, Any]) -> dict[str, Any]:
             f"{checkpoint} was written by an earlier version, which did not measure what this one goes on with; end "
             "the run with that version, or choose another output_dir and start from the model of the checkpoint"
         )
-    settings = {**before["defaults"], **as_said(before, now["settings"])}
+    # What had a default of its own then and is left open now was never said, and is settled anew.
+    defaults = {key: value for key, value in before["defaults"].items() if key in now["defaults"]}
+    settings = {**defaults, **as_said(before, now["settings"])}
     allowed = set(now["settings"].get("allow_changes") or [])
     notes = compare(settings, now["settings"], checkpoint)
     changes = changed(settings, now["settings"])
@@ -295,7 +297,7 @@ def require_same_run(checkpoint: str, now: dict[str, Any]) -> dict[str, Any]:
             "step (dropout) is drawn anew"
         )
     then, this = (
-        {**facts["versions"], "open_r1": facts["code"].get("digest"), **facts.get("settled", now["settled"])}
+        {**facts["versions"], "open_r1": facts["code"].get("digest"), **now["settled"], **facts.get("settled", {})}
         for facts in (before, now)
     )
     differs = {name: (then.get(name), this.get(name)) for name in {**then, **this} if then.get(name) != this.get(name)}

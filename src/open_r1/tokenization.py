@@ -224,9 +224,12 @@ def encode_batch(
             pieces += made
         except Exception as error:  # also a template may raise anything; it is still this row's fault
             pieces.append(bad_piece(index, error, how))
+    failed = False
     try:
         encode_pieces([piece for piece in pieces if piece.spans is not None], tokenizer, spelling)
-    except Exception:  # one of them cannot be encoded: row by row they tell which
+    except Exception:  # behind it, what threads have still to encode is dropped
+        failed = True
+    if failed:  # one of them cannot be encoded: row by row they tell which
         rows = [list(row) for _, row in groupby(pieces, attrgetter("row"))]
         pieces = [piece for row in rows for piece in encoded(row, tokenizer, spelling, how)]
     return table_of([cut for piece in pieces for cut in fit_length(piece, how)])

@@ -688,7 +688,7 @@ def tell_libraries(args: "SFTConfig") -> None:
     DeepSpeed stays out of a run that does not use it: to tell whether a model is wrapped, accelerate imports it
     wherever it is installed, which takes time and ends the run where its CUDA tools are not found.
     """
-    if args.torch_compile:  # layer by layer: some seconds, not minutes, and as fast
+    if args.torch_compile:  # layer by layer: the first is compiled for all
         os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"
     accelerate.utils.other.is_deepspeed_available = lambda: "deepspeed" in sys.modules  # no wrapper without it
     level = args.get_process_log_level()
