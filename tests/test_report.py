@@ -929,3 +929,10 @@ class TestInABrowser:
         )
         seen, console = self.open(page, tmp_path)
         assert seen["takes"] > 375 and len(console) == 1 and "nothing is not defined" in console[0]
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"), [(0.448, "44.8%"), (0.00022, "0.022%"), (0.0, "0.0%"), (1.0, "100.0%"), (-0.004, "-0.4%")]
+)
+def test_a_share_that_is_small_is_not_nothing(number, shown):
+    assert run_tables.share(number) == shown

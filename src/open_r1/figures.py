@@ -106,7 +106,7 @@ OF_A_RUN: list[tuple[str, dict[str, str], str, str, str]] = [
         "area",
     ),
     ("Peak memory", {"peak_memory_bytes": "of a device"}, "B", ".4~s", "level"),
-    ("Model FLOPs utilisation", {"mfu": "MFU"}, "", ".1%", "level"),
+    ("Model FLOPs utilisation", {"mfu": "MFU"}, "", ".3~p", "level"),
     ("Model TFLOP/s per device", {"tflops": "TFLOP/s"}, "TFLOP/s", ".4~g", "level"),
 ]
 # Key, title, unit, format.
@@ -120,7 +120,7 @@ COMPARED = [
     ("padding_share", "Share of padding", "", ".1%"),
     ("step_seconds", "Seconds of a step", "s", ".3~g"),
     ("peak_memory_bytes", "Peak memory", "B", ".4~s"),
-    ("mfu", "Model FLOPs utilisation", "", ".1%"),
+    ("mfu", "Model FLOPs utilisation", "", ".3~p"),
 ]
 
 
@@ -208,7 +208,7 @@ def compared(runs: dict[str, Metrics]) -> list[Figure]:
     figures = []
     for key, title, unit, number in COMPARED:
         found = [series_of(metrics, key, name, color) for color, (name, metrics) in enumerate(runs.items())]
-        kind = "level" if unit or number.endswith("%") else "line"
+        kind = "level" if unit or number[-1:] in ("%", "p") else "line"
         figures.append(Figure(title, drawn(sum(found, [])), unit=unit, format=number, kind=kind))
     return [figure for figure in figures if figure.series]
 

@@ -48,8 +48,8 @@ def count(number: float) -> str:
 
 
 def share(number: float) -> str:
-    """12.3%"""
-    return f"{number:.1%}"
+    """12.3%, 0.022%"""
+    return f"{number:.1%}" if number >= 0.001 or number <= 0 else f"{100 * number:.2g}%"
 
 
 def figure(number: float) -> str:
