@@ -322,10 +322,9 @@ class TestMemory:
         monkeypatch.setattr(OrderedTrainer, method, full)
         if method == "_move_model_to_device":
             monkeypatch.setattr(OrderedTrainer, "place_model_on_device", True, raising=False)
-        evaluation = {"eval_strategy": "steps", "eval_steps": 3, "test_split_size": 0.2}
-        evaluation["per_device_eval_batch_size"] = 4
+        evaluation = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 4}
         with pytest.raises(AssertionError, match="assert 1 == 0"):
-            start("full", **evaluation)
+            start("full", **evaluation, test_split_size=0.2)
         assert said in capsys.readouterr().err
 
     def test_what_is_another_error_stays_one(self, start, monkeypatch):

@@ -463,7 +463,7 @@ class SFTConfig(trl.SFTConfig):
         default=None,
         metadata={
             "help": "Norms, rotations and gates of liger-kernel: faster, with less memory. Default: on for a GPU "
-            "where liger-kernel is installed and knows the model, and torch_compile is off."
+            "where liger-kernel is installed, for dense Llama, Mistral, Qwen2 and Qwen3, and torch_compile is off."
         },
     )
     dataloader_num_workers: int | None = field(
@@ -488,8 +488,8 @@ class SFTConfig(trl.SFTConfig):
         if self.activation_checkpointing is None:
             self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
         # Left open: careful until `defaults.settle` knows model, data and machine.
-        careful = {"activation_checkpointing": True, "padding_free": False, "dataloader_num_workers": 0}
-        careful["use_liger_kernel"] = False
+        careful = {"activation_checkpointing": True, "padding_free": False}
+        careful |= {"use_liger_kernel": False, "dataloader_num_workers": 0}
         self.unsettled = {name for name in careful if getattr(self, name) is None}
         for name in self.unsettled:
             setattr(self, name, careful[name])

@@ -30,11 +30,8 @@ logger = logging.getLogger(__name__)
 FITS = 0.8  # of a device's memory: plans are within 15 % of what a run takes, and something stays free
 SURELY = 0.4  # of it, by a bound that takes no measuring
 TILE = (4096, 8192)  # tokens and vocabulary of which the fused head makes logits at once (trl 1.16), or all of it
-SELECTIVE = (
-    6,
-    3,
-    2,
-)  # divisors of the depths that plans are made of (`memory.DEPTHS`): of so many layers one is computed again
+# Of so many layers one is computed again: divisors of the depths that plans are made of (`memory.DEPTHS`).
+SELECTIVE = (6, 3, 2)
 WORKERS, CORES = 2, 4  # for a GPU, where each has so many cores
 
 

@@ -49,12 +49,9 @@ def train(trainer: "OrderedTrainer") -> None:
     out = Path(trainer.args.output_dir)
     try:
         autocast = trainer.args.bf16 or trainer.args.fp16
-        with room(out, "the run"), adapters_cast(trainer.model, cast=not autocast):
+        explained = explained_when_full(partial(out_of_memory, trainer))
+        with room(out, "the run"), explained, adapters_cast(trainer.model, cast=not autocast):
             metrics = trainer.train(resume_from_checkpoint=trainer.earlier.get("checkpoint")).metrics
-    except RuntimeError as error:
-        if not is_full(error):
-            raise
-        raise Stopped(out_of_memory(trainer, error)) from error
     finally:
         watch(None)
     if trainer.preempted:
@@ -67,24 +64,24 @@ def train(trainer: "OrderedTrainer") -> None:
         raise Preempted(f"{trainer.stop.signal}: trained and saved, what follows is left to the next start")
 
 
-def is_full(error: RuntimeError) -> bool:
-    """Whether an error says that a device's memory is: torch's own, or that of a library of the device's."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in FULL)
-
-
 @contextlib.contextmanager
-def placed() -> Iterator[None]:
-    """Say so in words where a model does not even fit into a device's memory. Raises `Stopped`."""
+def explained_when_full(say: Callable[[RuntimeError], str]) -> Iterator[None]:
+    """Say in words that a device's memory is full, whether torch finds it so or a library. Raises `Stopped`."""
     try:
         yield
     except RuntimeError as error:
-        if not is_full(error):
+        if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in FULL):
             raise
-        raise Stopped(
-            f"the model does not fit into the device's memory ({str(error).partition('. ')[0]}); see with nvidia-smi "
-            "that nothing else is in it, set use_peft: true with load_in_4bit: true, or take devices that share the "
-            "model (zero3, fsdp2); make check plans it"
-        ) from error
+        raise Stopped(say(error)) from error
+
+
+def does_not_fit(error: Exception) -> str:
+    """What to do about a model that is larger than a device's memory."""
+    return (
+        f"the model does not fit into the device's memory ({str(error).partition('. ')[0]}); see with nvidia-smi "
+        "that nothing else is in it, set use_peft: true with load_in_4bit: true, or take devices that share the "
+        "model (zero3, fsdp2); make check plans it"
+    )
 
 
 def out_of_memory(trainer: "OrderedTrainer", error: Exception) -> str:

@@ -100,7 +100,7 @@ def run(recipe: Recipe, stop: Stop) -> int:
         from open_r1.chat import get_tokenizer
         from open_r1.defaults import settle
         from open_r1.faults import free_builds
-        from open_r1.finish import after_saving, end, placed, summarize, train
+        from open_r1.finish import after_saving, does_not_fit, end, explained_when_full, summarize, train
         from open_r1.generations import prompts_of
         from open_r1.model import adapter_config, check_model, get_model
         from open_r1.order import order_of
@@ -140,7 +140,7 @@ def run(recipe: Recipe, stop: Stop) -> int:
         ready_branch(training_args, resuming=bool(earlier))
         put_down(recipe, training_args, prepared, tokenizer, {**tracked, **facts}, earlier.get("step", 0))
     stop.begun = True
-    with placed():
+    with explained_when_full(does_not_fit):
         model = get_model(model_args, training_args, tokenizer)
         trainer = OrderedTrainer(
             order=order,
