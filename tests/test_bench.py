@@ -1,8 +1,11 @@
 """The benchmarks: what they note, compare and write down. tests/slow/test_bench.py runs them at toy scale."""
 
 import importlib.util
+import itertools
 import json
 import os
+import sys
+import time
 from types import SimpleNamespace
 
 import bench
@@ -90,7 +93,6 @@ class TestStamps:
         )
         stamps.fit(trainer)
         callback, state = trainer.DEFAULT_CALLBACKS[0](), SimpleNamespace(global_step=1)
-        callback.started = 0
         mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
         padded = {"input_ids": mask, "labels": mask * 101 - 100, "attention_mask": mask}
         laid = {"input_ids": torch.ones(1, 5), "labels": torch.ones(1, 5), "cu_seq_lens_q": torch.tensor([0, 2, 5])}
@@ -106,6 +108,30 @@ class TestStamps:
         assert line["loss"] == 1.0
         assert line["session_cpu"] > 0
 
+    def test_on_a_gpu_nothing_is_read_before_the_end(self, tmp_path, monkeypatch):
+        stamps, clock, left, waits = stamps_module(), itertools.count(), [], []
+        event = type("", (), {"record": lambda self: None, "elapsed_time": lambda self, other: 2000.0})
+        cuda = {"Event": lambda **_: event(), "synchronize": lambda: waits.append(1), "is_available": lambda: True}
+        cuda |= {"max_memory_allocated": lambda: 7, "max_memory_reserved": lambda: 8}
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(**cuda)))
+        monkeypatch.setattr(os, "_exit", left.append)
+        monkeypatch.setattr(stamps, "time", SimpleNamespace(**{**vars(time), "perf_counter": lambda: next(clock)}))
+        for name, value in {"": tmp_path / "stamps", "_SECONDS": 1.5, "_SKIPPED": 2, "_STEPS": 9}.items():
+            monkeypatch.setenv(f"STAMPS{name}", str(value))
+        notes = stamps.Notes()
+        config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(_attn_implementation="sdpa"))
+        model = SimpleNamespace(config=config, dtype="torch.bfloat16", parameters=list)
+        notes.on_train_begin(SimpleNamespace(), None, None, model=model)
+        for step in (1, 2, 3, 4):
+            assert left == [] and bench_runs.read(tmp_path / "stamps")[1] == [] and len(waits) == 1
+            notes.batches = [(torch.tensor([2, 3]), 5, torch.tensor(4), torch.tensor(0.5))]
+            notes.on_step_end(None, SimpleNamespace(global_step=step), None)
+        assert left == [0] and len(waits) == 2  # two seconds after the second step, of which the clock gives one each
+        begin, steps = bench_runs.read(tmp_path / "stamps")
+        assert [step["step"] for step in steps] == [1, 2, 3, 4]
+        assert steps[0]["wall"] == begin["wall"] + 2
+        assert (steps[0]["real"], steps[0]["supervised"], steps[0]["allocated"]) == (5, 4, 7)
+
     def test_an_epoch_ends_with_training(self, tmp_path, tiny_model, conversations):
         rows = write_jsonl(tmp_path / "rows.jsonl", conversations[:12])
         settings = {"model_name_or_path": tiny_model, "dataset_name": rows, "use_cpu": True, "num_train_epochs": 1}
@@ -115,8 +141,6 @@ class TestStamps:
         assert not (tmp_path / "run/model.safetensors").exists()
 
     def test_only_a_process_that_is_asked_to_waits_for_the_trainer(self, monkeypatch):
-        import sys
-
         monkeypatch.delenv("STAMPS", raising=False)
         before = list(sys.meta_path)
         stamps_module()
@@ -284,11 +308,12 @@ class TestTables:
             "allocated_gib": 71.2,
             "step_seconds": 1.3,
         }
-        key = {"shape": "8B", "method": "LoRA", "context": 4096}
+        key = {"shape": "8B", "method": "LoRA, 2 rows", "context": 4096}
         runs = [{**key, "side": "ours", **done}, {**key, "side": "stock", "outcome": "out of memory"}]
         ceilings = {"TFLOP/s of bfloat16 products": 801.5}
         table = bench_tables.gpu({**FACTS, "ceilings": ceilings, "peak_flops": 989.5e12, "runs": runs})
-        line = "| 8B, LoRA | 4,096 | 12,600 tokens/s, MFU 46.0%, 71 GiB, 1.30 s | out of memory | not measured |"
+        figures = "12,600 tokens/s, MFU 46.0%, 71 GiB, 1.30 s"
+        line = f"| 8B, LoRA, 2 rows | 4,096 | {figures} | out of memory | not measured |"
         assert f"{line} 12,500 tokens/s |" in table
         assert "801.5 TFLOP/s of bfloat16 products; MFU is of 989.5 TFLOP/s" in table
 
@@ -359,14 +384,21 @@ class TestGpu:
 
     def test_figures_of_a_cell(self, tmp_path, monkeypatch):
         begin = {"event": "begin", **BEGIN, "dtype": "bfloat16"}
-        steps = [{**step, "supervised": 50, "squares": 2500, "allocated": 2**31} for step in steps_of(9, 5, 1, 1, 2)]
+        steps = [
+            {**step, "supervised": 50, "squares": 2500, "allocated": 2**31} for step in steps_of(9, 5, 7, 1, 4, 1)
+        ]
         stamps = tmp_path / "stamps"
         stamps.write_text("".join(json.dumps(line) + "\n" for line in (begin, *steps)))
         monkeypatch.setattr(bench_gpu, "finish", lambda *args: (None, ""))
         found = bench_gpu.measured(bench_gpu.TOY[0], SimpleNamespace(stamps=stamps), {}, 9, 1e9)
-        assert found["tokens_per_second"] == round(150 / 8, 1)
-        assert (found["steps"], found["step_seconds"], found["allocated_gib"]) == (3, 2.0, 2.0)
-        assert found["mfu"] == round(3 * bench_gpu.flops_of("toy", "full", steps[0]) / 8 / 1e9, 4) > 0
+        assert found["tokens_per_second"] == 50 / 2
+        assert (found["steps"], found["step_seconds"], found["slowest_seconds"]) == (
+            3,
+            2.0,
+            8.0,
+        )  # the median, and the longest
+        assert found["mfu"] == round(bench_gpu.flops_of("toy", "full", steps[0]) / 2 / 1e9, 4) > 0
+        assert (found["filled"], found["allocated_gib"]) == (round(50 / (2 * 64), 4), 2.0)
         assert "no peak" not in bench_gpu.in_words(found)
         assert found["settled"]["attn_implementation"] == "sdpa"
 

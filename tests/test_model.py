@@ -1,5 +1,6 @@
 """Dtype, attention, vocabulary and adapters: what is decided before weights are loaded, and what is done to them."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -13,7 +14,15 @@ from open_r1.chat import get_tokenizer
 from open_r1.configs import ModelConfig, SFTConfig
 from open_r1.errors import UserError
 from open_r1.memory import size_of
-from open_r1.model import adapter_config, adapters_cast, check_model, fit_vocabulary, get_model, weights_dtype
+from open_r1.model import (
+    adapter_config,
+    adapters_cast,
+    adapters_fused,
+    check_model,
+    fit_vocabulary,
+    get_model,
+    weights_dtype,
+)
 
 
 def arguments(**values):
@@ -194,3 +203,102 @@ def test_doras_adapters_cast(tiny_model):
     ids = torch.arange(5, 45)[None]
     with adapters_cast(model, False):
         assert model(input_ids=ids).logits.isfinite().all()
+
+
+def learnt_by(model, ids):
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    grads = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    return loss.item(), grads
+
+
+def with_adapters(tiny_model, dtype=torch.float32, **settings):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype)
+    settings = {"target_modules": "all-linear", "r": 4, "lora_alpha": 12, "init_lora_weights": False, **settings}
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(**settings))
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"target_modules": ["q_proj", "down_proj"]}])
+def test_fused_adapters_learn_what_pefts_do(tiny_model, settings, again):
+    model, ids = with_adapters(tiny_model, **settings), torch.arange(5, 65).reshape(2, 30)
+    if again:
+        model.enable_input_require_grads()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    loss, grads = learnt_by(model, ids)
+    with adapters_fused(model):
+        made = next(each for name, each in model.named_modules() if name.endswith("q_proj"))
+        assert "forward" in vars(made)
+        same, equal = learnt_by(model, ids)
+    assert not [each for each in model.modules() if "forward" in vars(each)]
+    assert same == pytest.approx(loss, abs=1e-5)
+    assert grads.keys() == equal.keys() and any("lora_B" in name for name in grads)
+    for name in grads:
+        torch.testing.assert_close(equal[name], grads[name], atol=1e-6, rtol=1e-4)
+
+
+def test_fused_adapters_drop_what_pefts_do(tiny_model):
+    model, ids = with_adapters(tiny_model, lora_dropout=0.3).train(), torch.arange(5, 65)[None]
+    torch.manual_seed(1)
+    loss, grads = learnt_by(model, ids)
+    torch.manual_seed(1)
+    with adapters_fused(model):
+        same, equal = learnt_by(model, ids)
+    assert same == pytest.approx(loss, abs=1e-5)
+    for name in grads:
+        torch.testing.assert_close(equal[name], grads[name], atol=1e-6, rtol=1e-4)
+
+
+def test_fused_adapters_round_once_under_autocast(tiny_model):
+    """In bfloat16 they are as near to float32 as PEFT's."""
+    ids = torch.arange(5, 65)[None]
+    _, exact = learnt_by(with_adapters(tiny_model), ids)
+    model = with_adapters(tiny_model, torch.bfloat16).train()
+
+    def far(fuse):
+        lean = adapters_fused(model) if fuse else contextlib.nullcontext()
+        with adapters_cast(model, False), torch.autocast("cpu", torch.bfloat16), lean:
+            _, grads = learnt_by(model, ids)
+        assert grads.keys() == exact.keys()
+        return sum(float((grads[name] - exact[name]).norm()) for name in exact)
+
+    assert far(True) < 1.1 * far(False)
+    assert far(True) < 0.2 * sum(float(each.norm()) for each in exact.values())
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{"use_dora": True}, {"lora_bias": True}, {"dtype": torch.bfloat16}],
+    ids=str,
+)
+def test_other_adapters_stay_pefts(tiny_model, told):
+    bias = told.pop("lora_bias", False)
+    model = with_adapters(tiny_model, lora_bias=bias, **told)
+    layer = next(each for name, each in model.named_modules() if name.endswith("gate_proj"))
+    states = torch.ones(1, 3, layer.in_features, dtype=layer.weight.dtype)
+    plain = layer(states)
+    with adapters_fused(model):
+        assert torch.equal(layer(states), plain)
+        assert layer(states).grad_fn.name() == plain.grad_fn.name()
+
+
+def test_fused_adapters_can_be_off_merged_or_several(tiny_model):
+    model = with_adapters(tiny_model)
+    layer = next(each for name, each in model.named_modules() if name.endswith("gate_proj"))
+    states = torch.ones(1, 3, layer.in_features)
+    with adapters_fused(model):
+        with model.disable_adapter():
+            assert torch.equal(layer(states), layer.base_layer(states))
+        learnt = layer(states)
+        assert not torch.allclose(learnt, layer.base_layer(states))
+        model.merge_adapter()
+        torch.testing.assert_close(layer(states), learnt)
+        model.unmerge_adapter()
+        model.add_adapter("other", LoraConfig(target_modules="all-linear", init_lora_weights=False))
+        model.base_model.set_adapter(["default", "other"])
+        assert not torch.allclose(layer(states), learnt)
+        model.set_adapter("default")
+        torch.testing.assert_close(layer(states), learnt)

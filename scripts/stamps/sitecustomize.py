@@ -2,10 +2,11 @@
 
 Python imports this module by its name when its folder is on PYTHONPATH. Where STAMPS names a file, the trainer of
 transformers gets a callback more, which writes lines of JSON: `begin`, with what the trainer was told, and one for
-each step. The process ends with step STAMPS_STEPS, with the first from STAMPS_LEAST on that ends after STAMPS_SECONDS
-of training, or with training: what follows it is not measured, and nothing is saved.
+each step. The process ends with step STAMPS_STEPS, with the first that ends STAMPS_SECONDS after step STAMPS_SKIPPED,
+or with training: what follows it is not measured, and nothing is saved.
 """
 
+import atexit
 import json
 import os
 import sys
@@ -58,13 +59,7 @@ class Waiting:
 
 def fit(trainer: Any) -> None:
     """Give the module `transformers.trainer` the callback, and its trainer the notes that the callback writes down."""
-    import multiprocessing
-
-    import torch
-
-    batches, path = [], os.environ["STAMPS"]
-    steps, least = (int(os.environ.get(f"STAMPS_{name}", 0)) for name in ("STEPS", "LEAST"))
-    seconds = float(os.environ.get("STAMPS_SECONDS", "inf"))
+    batches: list[tuple[Any, ...]] = []
     train = trainer.Trainer.training_step
 
     def training_step(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -74,66 +69,105 @@ def fit(trainer: Any) -> None:
         batches.append((*noted, loss))
         return loss
 
-    def write(**line: Any) -> None:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    trainer.Trainer.training_step = training_step
+    trainer.DEFAULT_CALLBACKS.append(type("Stamps", (Notes, trainer.TrainerCallback), {"batches": batches}))
 
-    def now() -> dict[str, float]:
-        children = [child.pid for child in multiprocessing.active_children()]
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return {"wall": time.perf_counter(), "cpu": time.process_time() + sum(map(seconds_of, children))}
 
-    class Stamps(trainer.TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            attention = model.config.get_text_config()._attn_implementation
-            weights = {
-                "attn_implementation": attention,
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "parameters": sum(each.numel() for each in model.parameters()),
-                "trained": sum(each.numel() for each in model.parameters() if each.requires_grad),
-            }
-            told = {name: getattr(args, name, None) for name in TOLD}
+class Notes:
+    """The callback. On a GPU nothing waits for the device until the end: what a step came to is read then."""
+
+    batches: list[tuple[Any, ...]]  # of the step that is being done: lengths, tokens, those in the loss, the loss
+
+    def __init__(self) -> None:
+        import torch
+
+        self.torch, self.held, self.since = torch, [], 0.0
+        self.last, self.skipped = (int(os.environ.get(f"STAMPS_{name}", 0)) for name in ("STEPS", "SKIPPED"))
+        self.seconds = float(os.environ.get("STAMPS_SECONDS", "inf"))
+        self.device = torch.cuda.is_available()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        weights = {
+            "attn_implementation": model.config.get_text_config()._attn_implementation,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "parameters": sum(each.numel() for each in model.parameters()),
+            "trained": sum(each.numel() for each in model.parameters() if each.requires_grad),
+        }
+        told = {name: getattr(args, name, None) for name in TOLD}
+        self.begun = self.since = time.perf_counter()
+        if self.device:
+            self.torch.cuda.synchronize()
+            self.first = self.mark()
+        write(
+            event="begin",
+            time=time.time(),
+            **of_session(),
+            wall=self.begun,
+            cpu=cpu_seconds(),
+            told=json.loads(json.dumps(told, default=str)),
+            **weights,
+        )
+        atexit.register(self.let_go)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now, step = time.perf_counter(), state.global_step
+        noted = {"step": step, "cpu": cpu_seconds(), **memory(self.torch)}
+        noted |= {"time": time.time(), **of_session()} if step == 1 else {}
+        self.held.append((noted, self.mark() if self.device else now, [*self.batches]))
+        self.batches.clear()
+        if not self.device:
+            self.let_go()
+        if step <= self.skipped:
+            self.since = now
+        elif step == self.last or now - self.since > self.seconds:
+            self.leave()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """End this process at once."""
+        self.let_go()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+    def mark(self) -> Any:
+        """Have the device note when it gets here."""
+        event = self.torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def let_go(self) -> None:
+        """Write down the steps that are held."""
+        if self.device:
+            self.torch.cuda.synchronize()
+        for noted, mark, batches in self.held:
+            lengths = [each for batch in batches for each in batch[0].tolist()]
             write(
-                event="begin",
-                time=time.time(),
-                **of_session(),
-                **now(),
-                told=json.loads(json.dumps(told, default=str)),
-                **weights,
-            )
-            self.started = time.monotonic()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            at, lengths = now(), [each for batch in batches for each in batch[0].tolist()]
-            write(
-                step=state.global_step,
-                **at,
+                **noted,
+                wall=self.begun + self.first.elapsed_time(mark) / 1000 if self.device else mark,
                 loss=sum(float(batch[3]) for batch in batches),
                 padded=sum(batch[1] for batch in batches),
                 real=sum(lengths),
                 supervised=sum(int(batch[2]) for batch in batches),
                 squares=sum(each**2 for each in lengths),
-                **({"time": time.time(), **of_session()} if state.global_step == 1 else {}),
-                **memory(torch),
             )
-            batches.clear()
-            late = time.monotonic() - self.started > seconds and state.global_step >= least
-            if state.global_step == steps or late:
-                leave()
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            leave()
-
-    trainer.Trainer.training_step = training_step
-    trainer.DEFAULT_CALLBACKS.append(Stamps)
+        self.held.clear()
 
 
-def leave() -> None:
-    """End this process at once."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+def write(**line: Any) -> None:
+    """A line of what is noted."""
+    with open(os.environ["STAMPS"], "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process and of those that make its batches."""
+    import multiprocessing
+
+    children = [child.pid for child in multiprocessing.active_children()]
+    return time.process_time() + sum(map(seconds_of, children))
 
 
 def lengths_of(inputs: dict[str, Any]) -> Any:

@@ -168,6 +168,7 @@ class OrderedTrainer(SFTTrainer):
         self.last_norm: float | None = None
         self.last_rate: float | None = None
         self.micro, self.step_loss = 0, torch.zeros(())
+        self.each = 0  # operations of a token, by upstream's count
         self.random = tempfile.TemporaryDirectory()
         self.caught_up = False
         self.add_callback(Course(self))
@@ -322,9 +323,10 @@ class OrderedTrainer(SFTTrainer):
             about = {"step": step, "what": f"the gradients are not finite (their norm is {float(norm)})"}
             self.report_rows("bad_batch.jsonl", about, rows)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward. DeepSpeed steps in here, or skips the step where gradients overflow."""
-        loss = super().training_step(*args, **kwargs)
+        with told_once(model):
+            loss = super().training_step(model, *args, **kwargs)
         self.micro += 1
         self.step_loss = self.step_loss + loss.detach().float()
         if self.is_deepspeed_enabled and (skipped := self.deepspeed.skipped_steps) > self.skipped:
@@ -333,6 +335,12 @@ class OrderedTrainer(SFTTrainer):
                 self.require_finite_norm(float("nan"))
             faults.logger.warning("gradients overflowed and their step was skipped, %d of them so far", skipped)
         return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Upstream's, which counts the parameters anew for every batch."""
+        tokens = inputs["input_ids"].numel()
+        self.each = self.each or super().floating_point_ops(inputs) // tokens
+        return self.each * tokens
 
     # Stopping
 
@@ -655,6 +663,17 @@ class OrderedTrainer(SFTTrainer):
             upload(api, self.hub_model_id, checkpoint_folder, self.args.hub_revision, message)
         except Exception:
             logger.exception("%s was not pushed to %s; training goes on", checkpoint_folder, self.hub_model_id)
+
+
+@contextlib.contextmanager
+def told_once(model: Any) -> Iterator[None]:
+    """Have a model that trains not be told so again, in a block: upstream tells every module of it for every batch."""
+    if model.training:
+        model.train = lambda mode=True: model
+    try:
+        yield
+    finally:
+        vars(model).pop("train", None)
 
 
 def trainer_arguments(args: "SFTConfig") -> "SFTConfig":
