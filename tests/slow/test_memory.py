@@ -109,7 +109,7 @@ def test_a_run_on_a_gpu_took_what_is_planned(run, tmp_path):
         bf16=True,
         packing=True,
         max_length=run["context"],
-        per_device_train_batch_size=1,
+        per_device_train_batch_size=told["per_device_train_batch_size"],
         gradient_accumulation_steps=2,
         activation_checkpointing=told["activation_checkpointing"],
         activation_checkpointing_kwargs=told.get("activation_checkpointing_kwargs"),
