@@ -327,6 +327,21 @@ class TestMemory:
             start("full", **evaluation, test_split_size=0.2)
         assert said in capsys.readouterr().err
 
+    def test_in_the_last_evaluation_too_and_the_model_is_saved(self, start, monkeypatch, caplog, tmp_path):
+        whole = OrderedTrainer.evaluation_loop
+
+        def full(self, *args, **kwargs):
+            if not self.is_in_train:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+            return whole(self, *args, **kwargs)
+
+        monkeypatch.setattr(OrderedTrainer, "evaluation_loop", full)
+        with pytest.raises(AssertionError, match="assert 1 == 0"):
+            start("full", test_split_size=0.2, do_eval=True, per_device_eval_batch_size=8)
+        [said] = [record for record in caplog.records if record.message.startswith("evaluation failed")]
+        assert "set per_device_eval_batch_size: 4, the same losses" in said.message and said.exc_info is None
+        assert list(tmp_path.rglob("full/model.safetensors"))
+
     def test_what_is_another_error_stays_one(self, start, monkeypatch):
         def broken(*args, **kwargs):
             raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")

@@ -148,7 +148,7 @@ def after_saving(trainer: "OrderedTrainer", recipe: Recipe, prepared: "Prepared"
     """
 
     def evaluation() -> None:
-        with trainer.as_of_its_model():
+        with trainer.as_of_its_model(), explained_when_full(partial(out_of_memory, trainer)):
             metrics = trainer.evaluate()
         save_results(trainer, "eval", metrics)
 
@@ -172,14 +172,14 @@ def after_saving(trainer: "OrderedTrainer", recipe: Recipe, prepared: "Prepared"
     for name, step in steps.items():
         try:
             step()
-        except UserError as error:
-            failed.append(name)
-            logger.error("%s failed:\n%s", name, error)
-        except Exception:
+        except Exception as error:
             if name == "evaluation" and trainer.args.world_size > 1:
                 raise  # the other processes wait for this one in it: only its end lets the launcher end them
             failed.append(name)
-            logger.exception("%s failed; the trained model is safe in %s", name, trainer.args.output_dir)
+            if isinstance(error, UserError):
+                logger.error("%s failed:\n%s", name, error)
+            else:
+                logger.exception("%s failed; the trained model is safe in %s", name, trainer.args.output_dir)
     return failed
 
 

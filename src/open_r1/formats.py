@@ -125,21 +125,28 @@ def prompt_id(row: Row) -> int:
     """
     prompt = row.get("messages", row.get("prompt"))
     if isinstance(prompt, list):
-        asked = ""
-        for before, message in zip([{"role": ""}, *prompt], prompt, strict=False):
-            if message["role"] == "assistant" and before["role"] != "assistant" and len(asked.split()) >= 4:
+        words: list[str] = []
+        before = ""
+        for message in prompt:
+            role = message["role"]
+            if role == "assistant" and before != "assistant" and len(words) >= 4:
                 break
-            if message["role"] == "user":
-                asked += "\n" + (message.get("content") or "")
-        if len(asked.split()) < 4:
-            asked += "\n".join(message.get("content") or "" for message in prompt if message["role"] == "system")
-        prompt = asked
+            if role == "user":
+                words += (message.get("content") or "").split()
+            before = role
+        if len(words) < 4:
+            words += [
+                word
+                for message in prompt
+                if message["role"] == "system"
+                for word in (message.get("content") or "").split()
+            ]
     elif prompt is None and "input_ids" in row:
         learnt = next((place for place, label in enumerate(row["labels"]) if label != -100), 0)
-        prompt = json.dumps(row["input_ids"][:learnt] or row["input_ids"])
-    elif prompt is None:
-        prompt = row["text"]
-    found = hashlib.blake2b(" ".join(prompt.split()).encode(), digest_size=8)
+        words = [str(token) for token in row["input_ids"][:learnt] or row["input_ids"]]
+    else:
+        words = (row["text"] if prompt is None else prompt).split()
+    found = hashlib.blake2b(" ".join(words).encode(), digest_size=8)
     return int.from_bytes(found.digest(), "little", signed=True)
 
 
