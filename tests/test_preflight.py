@@ -298,6 +298,31 @@ def test_time_is_known_from_an_earlier_run(checked, tiny_model, chat_file, tmp_p
     assert plan["seconds"] == pytest.approx(plan["tokens"] * 900 / plan["steps_per_epoch"] / rate, abs=1)
 
 
+def test_batches_that_could_be_larger(checked, monkeypatch):
+    common = {"plan_gpu": "X-1GB", "packing": True, "max_length": 512, "gradient_accumulation_steps": 12}
+    small = {**common, "per_device_train_batch_size": 2, "activation_checkpointing": False}
+    code, findings, plan = checked(**small)
+    assert code == 0
+    remedy = found(findings, "note", "batches of 1,024 tokens leave a GPU waiting")[2]
+    assert remedy == "per_device_train_batch_size: 8 with global_batch_size: 24, same steps"  # 12 can be halved twice
+    code, findings, larger = checked(**{**small, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 3})
+    assert findings == [] and larger["global_batch_size"] == plan["global_batch_size"] == 24
+    needs = plan["memory_bytes"]
+    told_by = needs["total"] + 3 * needs["activations"]
+    assert larger["memory_bytes"]["total"] == pytest.approx(told_by, rel=0.01)
+
+    monkeypatch.setattr("open_r1.preflight.FITS", (needs["total"] + 1.5 * needs["activations"]) / plan["gpu_bytes"])
+    assert "per_device_train_batch_size: 4 " in found(checked(**small)[1], "note", "batches of 1,024")[2]
+    monkeypatch.setattr("open_r1.preflight.FITS", needs["total"] / plan["gpu_bytes"])
+    assert checked(**small)[1] == []
+    monkeypatch.undo()
+    monkeypatch.setattr("open_r1.preflight.BUSY", 1024)
+    assert checked(**small)[1] == []
+    monkeypatch.undo()
+    assert checked(**{**small, "packing": False, "padding_free": False})[1] == []
+    assert checked(**{**small, "activation_checkpointing": True})[1] == []
+
+
 def test_a_plan_for_more_processes_than_are_here(checked):
     common = {"per_device_train_batch_size": 4, "max_steps": -1, "num_train_epochs": 3}
     _, _, here = checked(**common)

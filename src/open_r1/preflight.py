@@ -25,8 +25,10 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from open_r1.attention import keeps_documents
 from open_r1.cache import cost_of
 from open_r1.chat import end_of_turn
+from open_r1.defaults import FITS
 from open_r1.errors import UserError
 from open_r1.findings import LEVELS, Finding, as_text, has_errors
 from open_r1.memory import device_memory, plan_memory, state_bytes
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "dim"}
+BUSY = 8192  # tokens of a batch: of half as many an H200 waits 29 % of the time in LoRA of an 8B (docs/performance.md)
 HEADROOM = 0.92  # of a GPU's memory that a run may plan with: the rest is CUDA's and fragmentation
 LOOKED_AT = 200  # rows of each part
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -499,7 +502,10 @@ def memory(
         return
     plan["gpu_bytes"] = capacity
     total = plan["memory_bytes"]["total"]
-    if capacity is None or total <= HEADROOM * capacity:
+    if capacity is None:
+        return
+    if total <= HEADROOM * capacity:
+        yield from spare(plan, args, longest, capacity)
         return
     batch, tried = args.per_device_train_batch_size, []
     if not args.activation_checkpointing:
@@ -514,6 +520,24 @@ def memory(
     if fits is not None:
         remedy = "set " + ", ".join(f"{key}: {str(value).lower()}" for key, value in fits.items())
     yield Finding("error", f"a device would need {gib(total)} and has {gib(capacity)}", remedy)
+
+
+def spare(plan: dict[str, Any], args: "SFTConfig", longest: int, capacity: int) -> Iterator[Finding]:
+    """Batches that could be larger, where they are small enough to leave a GPU waiting for the next kernel."""
+    if args.activation_checkpointing or not keeps_documents(args):
+        return
+    needs, rows = plan["memory_bytes"], args.per_device_train_batch_size
+    larger, steps = rows, args.gradient_accumulation_steps
+    while steps % 2 == 0 and larger * longest < BUSY:
+        if needs["total"] + needs["activations"] * (2 * larger / rows - 1) > FITS * capacity:
+            break
+        larger, steps = 2 * larger, steps // 2
+    if larger > rows:
+        yield Finding(
+            "note",
+            f"batches of {rows * longest:,} tokens leave a GPU waiting for what feeds it, and larger ones would fit",
+            f"per_device_train_batch_size: {larger} with global_batch_size: {plan['global_batch_size']}, same steps",
+        )
 
 
 def existing(path: Path) -> Path:
