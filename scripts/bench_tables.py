@@ -255,7 +255,8 @@ def cell_in_words(run: dict[str, Any] | None) -> str:
         return f"{run['outcome']}{': ' + run['why'].replace('|', '/') if run.get('why') else ''}"
     mfu = "" if run["mfu"] is None else f", MFU {run['mfu']:.1%}"
     return (
-        f"{run['tokens_per_second']:,.0f} tokens/s{mfu}, {run['allocated_gib']:.0f} GiB, {run['step_seconds']:.2f} s"
+        f"{run['tokens_per_second']:,.0f} tokens/s{mfu}, {run['allocated_gib']:.0f} GiB, "
+        f"{run['steps']} x {run['step_seconds']:.2f} s"
     )
 
 

@@ -1,5 +1,6 @@
 """The benchmarks: what they note, compare and write down. tests/slow/test_bench.py runs them at toy scale."""
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -108,28 +109,50 @@ class TestStamps:
         assert line["loss"] == 1.0
         assert line["session_cpu"] > 0
 
-    def test_on_a_gpu_nothing_is_read_before_the_end(self, tmp_path, monkeypatch):
-        stamps, clock, left, waits = stamps_module(), itertools.count(), [], []
-        event = type("", (), {"record": lambda self: None, "elapsed_time": lambda self, other: 2000.0})
-        cuda = {"Event": lambda **_: event(), "synchronize": lambda: waits.append(1), "is_available": lambda: True}
+    def notes_of_a_gpu(self, tmp_path, monkeypatch, behind):
+        """Notes in a process whose device, a fake, is done with all but the last `behind` marks that it was given."""
+        stamps, clock, left, waits, marks = stamps_module(), itertools.count(), [], [], []
+
+        class Event:
+            def record(self):
+                marks.append(self)
+
+            def elapsed_time(self, other):
+                return 1000.0 * (marks.index(other) - marks.index(self))
+
+            def query(self):
+                return bool(waits[1:]) or self in marks[: len(marks) - behind]
+
+        cuda = {"Event": lambda **_: Event(), "synchronize": lambda: waits.append(1), "is_available": lambda: True}
         cuda |= {"max_memory_allocated": lambda: 7, "max_memory_reserved": lambda: 8}
+        cuda |= {"Stream": lambda: "aside", "stream": lambda stream: contextlib.nullcontext(stream)}
         monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(**cuda)))
         monkeypatch.setattr(os, "_exit", left.append)
         monkeypatch.setattr(stamps, "time", SimpleNamespace(**{**vars(time), "perf_counter": lambda: next(clock)}))
-        for name, value in {"": tmp_path / "stamps", "_SECONDS": 1.5, "_SKIPPED": 2, "_STEPS": 9}.items():
+        monkeypatch.setattr(stamps, "atexit", SimpleNamespace(register=lambda *args, **kwargs: None))
+        values = {"": tmp_path / "stamps", "_SECONDS": 1.5, "_SKIPPED": 2, "_STEPS": 9, "_LEAST": 3}
+        for name, value in values.items():
             monkeypatch.setenv(f"STAMPS{name}", str(value))
         notes = stamps.Notes()
         config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(_attn_implementation="sdpa"))
         model = SimpleNamespace(config=config, dtype="torch.bfloat16", parameters=list)
         notes.on_train_begin(SimpleNamespace(), None, None, model=model)
-        for step in (1, 2, 3, 4):
-            assert left == [] and bench_runs.read(tmp_path / "stamps")[1] == [] and len(waits) == 1
+
+        def step(number):
             notes.batches = [(torch.tensor([2, 3]), 5, torch.tensor(4), torch.tensor(0.5))]
-            notes.on_step_end(None, SimpleNamespace(global_step=step), None)
-        assert left == [0] and len(waits) == 2  # two seconds after the second step, of which the clock gives one each
-        begin, steps = bench_runs.read(tmp_path / "stamps")
-        assert [step["step"] for step in steps] == [1, 2, 3, 4]
-        assert steps[0]["wall"] == begin["wall"] + 2
+            notes.on_step_end(None, SimpleNamespace(global_step=number), None)
+
+        return step, lambda: bench_runs.read(tmp_path / "stamps"), left, waits
+
+    def test_on_a_gpu_steps_are_written_when_it_is_done_with_them(self, tmp_path, monkeypatch):
+        step, lines, left, waits = self.notes_of_a_gpu(tmp_path, monkeypatch, behind=2)
+        for number in (1, 2, 3, 4, 5):
+            assert left == [] and len(lines()[1]) == max(0, number - 3) and len(waits) == 1
+            step(number)
+        assert left == [0] and len(waits) == 2  # the third behind those that are skipped, and after more than 1.5 s
+        begin, steps = lines()
+        assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
+        assert [line["wall"] - begin["wall"] for line in steps] == [1, 2, 3, 4, 5]  # by the device's clock
         assert (steps[0]["real"], steps[0]["supervised"], steps[0]["allocated"]) == (5, 4, 7)
 
     def test_an_epoch_ends_with_training(self, tmp_path, tiny_model, conversations):
@@ -307,12 +330,13 @@ class TestTables:
             "mfu": 0.46,
             "allocated_gib": 71.2,
             "step_seconds": 1.3,
+            "steps": 8,
         }
         key = {"shape": "8B", "method": "LoRA, 2 rows", "context": 4096}
         runs = [{**key, "side": "ours", **done}, {**key, "side": "stock", "outcome": "out of memory"}]
         ceilings = {"TFLOP/s of bfloat16 products": 801.5}
         table = bench_tables.gpu({**FACTS, "ceilings": ceilings, "peak_flops": 989.5e12, "runs": runs})
-        figures = "12,600 tokens/s, MFU 46.0%, 71 GiB, 1.30 s"
+        figures = "12,600 tokens/s, MFU 46.0%, 71 GiB, 8 x 1.30 s"
         line = f"| 8B, LoRA, 2 rows | 4,096 | {figures} | out of memory | not measured |"
         assert f"{line} 12,500 tokens/s |" in table
         assert "801.5 TFLOP/s of bfloat16 products; MFU is of 989.5 TFLOP/s" in table
@@ -392,11 +416,7 @@ class TestGpu:
         monkeypatch.setattr(bench_gpu, "finish", lambda *args: (None, ""))
         found = bench_gpu.measured(bench_gpu.TOY[0], SimpleNamespace(stamps=stamps), {}, 9, 1e9)
         assert found["tokens_per_second"] == 50 / 2
-        assert (found["steps"], found["step_seconds"], found["slowest_seconds"]) == (
-            3,
-            2.0,
-            8.0,
-        )  # the median, and the longest
+        assert (found["steps"], found["step_seconds"], found["seconds"]) == (3, 2.0, [2.0, 8.0, 2.0])
         assert found["mfu"] == round(bench_gpu.flops_of("toy", "full", steps[0]) / 2 / 1e9, 4) > 0
         assert (found["filled"], found["allocated_gib"]) == (round(50 / (2 * 64), 4), 2.0)
         assert "no peak" not in bench_gpu.in_words(found)

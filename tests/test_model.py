@@ -7,7 +7,7 @@ import pytest
 import torch
 from make_docstrings import write_model
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from trl import SFTTrainer
 
 from open_r1.chat import get_tokenizer
@@ -302,3 +302,39 @@ def test_fused_adapters_can_be_off_merged_or_several(tiny_model):
         assert not torch.allclose(layer(states), learnt)
         model.set_adapter("default")
         torch.testing.assert_close(layer(states), learnt)
+
+
+def test_fused_adapters_go_by_pefts_where_they_must(tiny_model):
+    model = with_adapters(tiny_model)
+    layer = next(each for name, each in model.named_modules() if name.endswith("gate_proj"))
+    one, states = torch.ones(layer.in_features), torch.ones(1, 3, layer.in_features)
+    plain, learnt = layer(one), layer(states)
+    with adapters_fused(model):
+        assert torch.equal(layer(one), plain)
+        with pytest.raises(ZeroDivisionError), adapters_fused(model):  # as the one inside, it leaves all as it was
+            raise ZeroDivisionError
+        torch.testing.assert_close(layer(x=states), learnt)
+        assert "forward" in vars(layer)
+    assert "forward" not in vars(layer)
+    layer.base_layer.register_forward_hook(lambda module, given, made: None)  # it may keep what is added to
+    with adapters_fused(model):
+        assert "forward" not in vars(layer)
+
+
+def test_fused_adapters_on_layers_with_biases(tiny_model):
+    ids = torch.arange(5, 65)[None]
+    config = AutoConfig.from_pretrained(tiny_model)
+    config.attention_bias = True
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight)
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    assert any(name.endswith("q_proj.base_layer.bias") for name, _ in model.named_parameters())
+    loss, grads = learnt_by(model, ids)
+    with adapters_fused(model):
+        same, equal = learnt_by(model, ids)
+    assert same == pytest.approx(loss, abs=1e-5)
+    for name in grads:
+        torch.testing.assert_close(equal[name], grads[name], atol=1e-6, rtol=1e-4)

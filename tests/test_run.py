@@ -18,8 +18,9 @@ from trl import SFTConfig as StockConfig
 from trl import SFTTrainer
 
 from open_r1.chat import CHATML
+from open_r1.model import fused
 from open_r1.sft import main
-from open_r1.trainer import Order
+from open_r1.trainer import Order, OrderedTrainer, told_once
 
 
 def weights(path):
@@ -473,3 +474,64 @@ def test_help_is_five_times_faster_than_that_of_trl():
 
     ours = min(seconds(sys.executable, "src/open_r1/sft.py", "--help") for _ in range(3))
     assert seconds("trl", "sft", "--help") > 5 * ours
+
+
+class TestHowBatchesAreTrained:
+    @pytest.fixture
+    def modes(self, monkeypatch):
+        """Of each batch that was trained or evaluated: whether all, some or none of the model's parts trained."""
+        found = {True: [], False: []}
+        compute = SFTTrainer.compute_loss
+
+        def noted(self, model, *args, **kwargs):
+            parts = [part.training for part in self.model.modules()]
+            found[torch.is_grad_enabled()].append("all" if all(parts) else "some" if any(parts) else "none")
+            return compute(self, model, *args, **kwargs)
+
+        monkeypatch.setattr(SFTTrainer, "compute_loss", noted)
+        return found
+
+    @pytest.mark.parametrize("lora", [False, True])
+    def test_all_of_a_model_trains_also_behind_evaluations(self, tiny_model, chat_file, tmp_path, modes, lora):
+        argv = {"model_name_or_path": tiny_model, "dataset_name": chat_file, "output_dir": tmp_path, "max_steps": 4}
+        argv |= {"test_split_size": 4, "eval_strategy": "steps", "eval_steps": 2, "gradient_accumulation_steps": 2}
+        argv |= {"use_peft": lora, "sample_prompts": ["What is a list?"], "sample_steps": 1}
+        assert main(settings(**argv)) == 0
+        assert modes[True] == ["all"] * 8
+        assert modes[False] and set(modes[False]) == {"none"}
+
+    def test_a_model_inside_another_is_told_when_it_does_not_train(self):
+        outer, inner = torch.nn.Sequential(torch.nn.Linear(1, 1)).train(), torch.nn.Dropout().eval()
+        outer.append(inner)
+        with told_once([*outer.modules()]):
+            outer.train()
+        assert inner.training
+        told = []
+        inner.train = told.append
+        with told_once([*outer.modules()]):
+            assert outer.train() is outer and told == []
+            outer.eval()
+            assert not outer.training and told == [False]
+        assert "train" not in vars(outer)
+
+    @pytest.mark.parametrize("lora", [False, True])
+    def test_operations_are_counted_as_upstream_does(self, tiny_model, chat_file, tmp_path, monkeypatch, lora):
+        argv = {"model_name_or_path": tiny_model, "dataset_name": chat_file, "max_steps": 3, "use_peft": lora}
+        assert main(settings(**argv, output_dir=tmp_path / "ours")) == 0
+        monkeypatch.delattr(OrderedTrainer, "floating_point_ops")
+        assert main(settings(**argv, output_dir=tmp_path / "upstream")) == 0
+        states = [json.loads((tmp_path / name / "trainer_state.json").read_text()) for name in ("ours", "upstream")]
+        assert states[0]["total_flos"] == states[1]["total_flos"] > 0
+
+    def test_adapters_are_fused_while_it_trains_and_not_behind_it(self, tiny_model, chat_file, tmp_path, monkeypatch):
+        seen, step = [], OrderedTrainer.training_step
+
+        def noted(self, model, *args, **kwargs):
+            seen.append([layer for layer in self.model.modules() if hasattr(layer, "lora_A")])
+            assert all(layer.forward.func is fused for layer in seen[-1])
+            return step(self, model, *args, **kwargs)
+
+        monkeypatch.setattr(OrderedTrainer, "training_step", noted)
+        argv = {"model_name_or_path": tiny_model, "dataset_name": chat_file, "use_peft": True}
+        assert main(settings(**argv, output_dir=tmp_path)) == 0
+        assert len(seen) == 2 and seen[0] and not any("forward" in vars(layer) for layer in seen[0])

@@ -2,8 +2,9 @@
 
 Python imports this module by its name when its folder is on PYTHONPATH. Where STAMPS names a file, the trainer of
 transformers gets a callback more, which writes lines of JSON: `begin`, with what the trainer was told, and one for
-each step. The process ends with step STAMPS_STEPS, with the first that ends STAMPS_SECONDS after step STAMPS_SKIPPED,
-or with training: what follows it is not measured, and nothing is saved.
+each step. The process ends with step STAMPS_STEPS, with the first that ends STAMPS_SECONDS after step STAMPS_SKIPPED
+and is the STAMPS_LEAST-th after it or a later one, or with training: what follows it is not measured, and nothing is
+saved.
 """
 
 import atexit
@@ -74,7 +75,7 @@ def fit(trainer: Any) -> None:
 
 
 class Notes:
-    """The callback. On a GPU nothing waits for the device until the end: what a step came to is read then."""
+    """The callback. On a GPU nothing waits for the device before the end: steps are read when it is done with them."""
 
     batches: list[tuple[Any, ...]]  # of the step that is being done: lengths, tokens, those in the loss, the loss
 
@@ -82,7 +83,8 @@ class Notes:
         import torch
 
         self.torch, self.held, self.since = torch, [], 0.0
-        self.last, self.skipped = (int(os.environ.get(f"STAMPS_{name}", 0)) for name in ("STEPS", "SKIPPED"))
+        names = ("STEPS", "SKIPPED", "LEAST")
+        self.last, self.skipped, self.least = (int(os.environ.get(f"STAMPS_{name}", 0)) for name in names)
         self.seconds = float(os.environ.get("STAMPS_SECONDS", "inf"))
         self.device = torch.cuda.is_available()
 
@@ -94,10 +96,10 @@ class Notes:
             "trained": sum(each.numel() for each in model.parameters() if each.requires_grad),
         }
         told = {name: getattr(args, name, None) for name in TOLD}
-        self.begun = self.since = time.perf_counter()
         if self.device:
             self.torch.cuda.synchronize()
-            self.first = self.mark()
+            self.first, self.aside = self.mark(), self.torch.cuda.Stream()
+        self.begun = self.since = time.perf_counter()
         write(
             event="begin",
             time=time.time(),
@@ -107,7 +109,7 @@ class Notes:
             told=json.loads(json.dumps(told, default=str)),
             **weights,
         )
-        atexit.register(self.let_go)
+        atexit.register(self.let_go, last=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now, step = time.perf_counter(), state.global_step
@@ -115,11 +117,11 @@ class Notes:
         noted |= {"time": time.time(), **of_session()} if step == 1 else {}
         self.held.append((noted, self.mark() if self.device else now, [*self.batches]))
         self.batches.clear()
-        if not self.device:
-            self.let_go()
+        self.let_go()
         if step <= self.skipped:
             self.since = now
-        elif step == self.last or now - self.since > self.seconds:
+        late = now - self.since > self.seconds and step >= self.skipped + self.least
+        if step == self.last or late:
             self.leave()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -127,7 +129,7 @@ class Notes:
 
     def leave(self) -> None:
         """End this process at once."""
-        self.let_go()
+        self.let_go(last=True)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
@@ -138,22 +140,32 @@ class Notes:
         event.record()
         return event
 
-    def let_go(self) -> None:
-        """Write down the steps that are held."""
-        if self.device:
+    def let_go(self, last: bool = False) -> None:
+        """Write down the steps that are held, as far as the device is done with them; at last, all."""
+        if not self.device:
+            while self.held:
+                write_step(*self.held.pop(0))
+            return
+        if last:
             self.torch.cuda.synchronize()
-        for noted, mark, batches in self.held:
-            lengths = [each for batch in batches for each in batch[0].tolist()]
-            write(
-                **noted,
-                wall=self.begun + self.first.elapsed_time(mark) / 1000 if self.device else mark,
-                loss=sum(float(batch[3]) for batch in batches),
-                padded=sum(batch[1] for batch in batches),
-                real=sum(lengths),
-                supervised=sum(int(batch[2]) for batch in batches),
-                squares=sum(each**2 for each in lengths),
-            )
-        self.held.clear()
+        with self.torch.cuda.stream(self.aside):  # in its own, a copy would wait for all that is queued
+            while self.held and self.held[0][1].query():
+                noted, mark, batches = self.held.pop(0)
+                write_step(noted, self.begun + self.first.elapsed_time(mark) / 1000, batches)
+
+
+def write_step(noted: dict[str, Any], wall: float, batches: list[tuple[Any, ...]]) -> None:
+    """A line of what a step was and when it ended."""
+    lengths = [each for batch in batches for each in batch[0].tolist()]
+    write(
+        **noted,
+        wall=wall,
+        loss=sum(float(batch[3]) for batch in batches),
+        padded=sum(batch[1] for batch in batches),
+        real=sum(lengths),
+        supervised=sum(int(batch[2]) for batch in batches),
+        squares=sum(each**2 for each in lengths),
+    )
 
 
 def write(**line: Any) -> None:

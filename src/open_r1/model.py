@@ -121,44 +121,48 @@ def adapters_fused(model: torch.nn.Module) -> Iterator[None]:
     Plain LoRA on plain linear layers alone: the others (DoRA, biases, quantised) compute as PEFT has it.
     """
     layers = [layer for layer in model.modules() if hasattr(layer, "lora_A") and fuses(layer)]
+    before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         layer.forward = partial(fused, layer, layer.forward)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
 
 
 def fuses(layer: Any) -> bool:
-    """Whether a LoRA layer is a plain one on a plain linear layer."""
+    """Whether a LoRA layer is a plain one on a plain linear layer, whose output nobody else looks at."""
     from peft.tuners.lora import Linear
 
-    biased = any(each.bias is not None for each in layer.lora_B.values())
-    return (
-        type(layer) is Linear and type(layer.base_layer) is torch.nn.Linear and not layer.lora_variant and not biased
-    )
+    if type(layer) is not Linear or layer.lora_variant or layer.base_layer._forward_hooks:
+        return False
+    return type(layer.base_layer) is torch.nn.Linear and all(each.bias is None for each in layer.lora_B.values())
 
 
-def fused(layer: Any, plain: Callable[..., torch.Tensor], states: torch.Tensor, **told: Any) -> torch.Tensor:
-    """What a LoRA layer makes of `states`, of shape (..., width): what PEFT's (`plain`) does, but for rounding.
+def fused(layer: Any, plain: Callable[..., torch.Tensor], x: torch.Tensor, **told: Any) -> torch.Tensor:
+    """What a LoRA layer makes of states `x`, of shape (..., width): what PEFT's (`plain`) does, but for rounding.
 
-    PEFT's where not just one adapter is at work, its weights are in shards (ZeRO-3 gathers those of what it sees
-    called), or there are several dtypes without autocast, which are to be cast.
+    PEFT's where not just one adapter is at work, its weights are in shards (ZeRO-3 and FSDP's first version gather
+    those of what they see called), or there are several dtypes without autocast, which are to be cast.
     """
     active = layer.active_adapters
     name = active[0] if len(active) == 1 else None
-    if told or name not in layer.lora_A or layer.disable_adapters or layer.merged:
-        return plain(states, **told)
-    weight, base = layer.lora_B[name].weight, layer.base_layer.weight
-    alike = torch.is_autocast_enabled(states.device.type) or states.dtype == weight.dtype == base.dtype
-    if not alike or hasattr(weight, "ds_id"):
-        return plain(states)
-    flat = states.flatten(0, -2)
-    result = layer.base_layer(flat)  # of nobody else's, and of two dimensions, so that it can be added to in place
+    if told or name not in layer.lora_A or layer.disable_adapters or layer.merged or x.dim() < 2:
+        return plain(x, **told)
+    second, base = layer.lora_B[name], layer.base_layer
+    if type(second) is not torch.nn.Linear or type(base) is not torch.nn.Linear or hasattr(second.weight, "ds_id"):
+        return plain(x)
+    if not torch.is_autocast_enabled(x.device.type) and not x.dtype == second.weight.dtype == base.weight.dtype:
+        return plain(x)
+    flat = x.flatten(0, -2)
+    result = base(flat)  # of two dimensions, so that it is no view and can be added to in place
     inner = layer.lora_A[name](layer.lora_dropout[name](flat))
-    result.addmm_(inner, weight.to(result.dtype).t(), alpha=layer.scaling[name])
-    return result.unflatten(0, states.shape[:-1])
+    result.addmm_(inner, second.weight.to(result.dtype).t(), alpha=layer.scaling[name])
+    return result.unflatten(0, x.shape[:-1])
 
 
 def get_model(
