@@ -232,7 +232,7 @@ def test_an_evaluation_that_fails_on_one_process_ends_all(tiny_model, chat_file,
         "evaluate = OrderedTrainer.evaluate\n"
         "def planted(self, *args, **kwargs):\n"
         "    if self.args.process_index == 1 and not self.is_in_train:\n"
-        "        raise RuntimeError('out of memory')\n"
+        "        raise RuntimeError('a planted fault')\n"
         "    return evaluate(self, *args, **kwargs)\n"
         "OrderedTrainer.evaluate = planted\nsft.leave(sft.main())\n"
     )
@@ -246,5 +246,5 @@ def test_an_evaluation_that_fails_on_one_process_ends_all(tiny_model, chat_file,
     words = [str(script) if word == "src/open_r1/sft.py" else word for word in command("ddp", argv)]
     assert subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, timeout=150).returncode == 1
     state = json.loads((tmp_path / "run" / "run_state.json").read_text())
-    assert (state["status"], state["reason"]) == ("failed", "process 1: RuntimeError: out of memory")
+    assert (state["status"], state["reason"]) == ("failed", "process 1: RuntimeError: a planted fault")
     assert (tmp_path / "run" / "model.safetensors").exists()
