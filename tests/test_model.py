@@ -158,12 +158,30 @@ def test_no_adapter_config_without_peft_or_on_an_adapter(tiny_model):
     assert config.modules_to_save is None
 
 
+def learnt_by(model, ids):
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    grads = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    return loss.item(), grads
+
+
+def with_adapters(tiny_model, dtype=torch.float32, **settings):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype)
+    settings = {"target_modules": "all-linear", "r": 4, "lora_alpha": 12, "init_lora_weights": False, **settings}
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(**settings))
+
+
+def require_alike(made, expected):
+    for name in expected:
+        torch.testing.assert_close(made[name], expected[name], atol=1e-6, rtol=1e-4)
+
+
 @pytest.fixture
 def adapted(tiny_model):
     """A bfloat16 model with float32 adapters that say something, and token ids for it."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
-    model = get_peft_model(model, LoraConfig(target_modules="all-linear", lora_dropout=0.0, init_lora_weights=False))
-    return model.train(), torch.arange(5, 45)[None]
+    return with_adapters(tiny_model, torch.bfloat16).train(), torch.arange(5, 45)[None]
 
 
 def test_adapters_need_no_casts_under_autocast(adapted):
@@ -205,21 +223,6 @@ def test_doras_adapters_cast(tiny_model):
         assert model(input_ids=ids).logits.isfinite().all()
 
 
-def learnt_by(model, ids):
-    loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    grads = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-    model.zero_grad()
-    return loss.item(), grads
-
-
-def with_adapters(tiny_model, dtype=torch.float32, **settings):
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype)
-    settings = {"target_modules": "all-linear", "r": 4, "lora_alpha": 12, "init_lora_weights": False, **settings}
-    torch.manual_seed(0)
-    return get_peft_model(model, LoraConfig(**settings))
-
-
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"target_modules": ["q_proj", "down_proj"]}])
 def test_fused_adapters_learn_what_pefts_do(tiny_model, settings, again):
@@ -236,8 +239,7 @@ def test_fused_adapters_learn_what_pefts_do(tiny_model, settings, again):
     assert not [each for each in model.modules() if "forward" in vars(each)]
     assert same == pytest.approx(loss, abs=1e-5)
     assert grads.keys() == equal.keys() and any("lora_B" in name for name in grads)
-    for name in grads:
-        torch.testing.assert_close(equal[name], grads[name], atol=1e-6, rtol=1e-4)
+    require_alike(equal, grads)
 
 
 def test_fused_adapters_drop_what_pefts_do(tiny_model):
@@ -248,8 +250,7 @@ def test_fused_adapters_drop_what_pefts_do(tiny_model):
     with adapters_fused(model):
         same, equal = learnt_by(model, ids)
     assert same == pytest.approx(loss, abs=1e-5)
-    for name in grads:
-        torch.testing.assert_close(equal[name], grads[name], atol=1e-6, rtol=1e-4)
+    require_alike(equal, grads)
 
 
 def test_fused_adapters_round_once_under_autocast(tiny_model):
@@ -336,5 +337,4 @@ def test_fused_adapters_on_layers_with_biases(tiny_model):
     with adapters_fused(model):
         same, equal = learnt_by(model, ids)
     assert same == pytest.approx(loss, abs=1e-5)
-    for name in grads:
-        torch.testing.assert_close(equal[name], grads[name], atol=1e-6, rtol=1e-4)
+    require_alike(equal, grads)

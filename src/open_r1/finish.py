@@ -23,7 +23,7 @@ from open_r1.findings import Finding, as_text, has_errors
 from open_r1.generations import Answers
 from open_r1.handover import answers, parameters, verify
 from open_r1.live import leave_terminals_that_are_gone
-from open_r1.model import adapters_cast, adapters_fused
+from open_r1.model import adapters_at_work
 from open_r1.processes import Agreed
 from open_r1.recipe import Recipe
 from open_r1.stopping import Preempted
@@ -50,8 +50,7 @@ def train(trainer: "OrderedTrainer") -> None:
     try:
         autocast = trainer.args.bf16 or trainer.args.fp16
         explained = explained_when_full(partial(out_of_memory, trainer))
-        model = trainer.model
-        with room(out, "the run"), explained, adapters_cast(model, cast=not autocast), adapters_fused(model):
+        with room(out, "the run"), explained, adapters_at_work(trainer.model, autocast):
             metrics = trainer.train(resume_from_checkpoint=trainer.earlier.get("checkpoint")).metrics
     finally:
         watch(None)

@@ -27,7 +27,7 @@ from trl import get_peft_config
 from trl.trainer.utils import add_fused_lm_head
 
 from open_r1.attention import keeps_documents
-from open_r1.model import adapters_cast, adapters_fused, skeleton
+from open_r1.model import adapters_at_work, skeleton
 
 if TYPE_CHECKING:
     from open_r1.configs import ModelConfig, SFTConfig
@@ -100,8 +100,7 @@ def measure(
     if args.use_liger_kernel and text.model_type in LIGER and not args.liger_kernel_config:
         keep_less(model)
     half = half_of(args)
-    lean = adapters_cast(model, cast=not half), adapters_fused(model)
-    with FakeTensorMode(), warnings.catch_warnings(), lean[0], lean[1]:
+    with FakeTensorMode(), warnings.catch_warnings(), adapters_at_work(model, autocast=bool(half)):
         warnings.simplefilter("ignore")
         fill(model)
         if args.activation_checkpointing:

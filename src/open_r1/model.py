@@ -94,6 +94,13 @@ def not_installed(model_args: "ModelConfig", training_args: "SFTConfig") -> Iter
 
 
 @contextlib.contextmanager
+def adapters_at_work(model: torch.nn.Module, autocast: bool) -> Iterator[None]:
+    """Have adapters compute as they do in training, with or without autocast, in a block."""
+    with adapters_cast(model, cast=not autocast), adapters_fused(model):
+        yield
+
+
+@contextlib.contextmanager
 def adapters_cast(model: torch.nn.Module, cast: bool) -> Iterator[None]:
     """Have adapters cast what they are given to their weights' dtype, or not, in a block.
 

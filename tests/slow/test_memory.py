@@ -16,7 +16,7 @@ from trl import SFTTrainer
 from open_r1.chat import get_tokenizer
 from open_r1.configs import ModelConfig, SFTConfig
 from open_r1.memory import plan_memory
-from open_r1.model import adapter_config, adapters_fused, get_model, weights_dtype
+from open_r1.model import adapter_config, adapters_at_work, get_model, weights_dtype
 from open_r1.recipe import load_recipe
 from open_r1.sft import build_configs
 from open_r1.trainer import trainer_arguments
@@ -90,7 +90,7 @@ def test_a_run_takes_what_was_planned(models, tmp_path, rows, length, values):
             processing_class=tokenizer,
             peft_config=adapter_config(model_args, model, tokenizer),
         )
-        with adapters_fused(trainer.model):
+        with adapters_at_work(trainer.model, autocast=args.bf16):
             trainer.train()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
