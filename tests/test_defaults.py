@@ -9,13 +9,14 @@ import pytest
 import torch
 from conftest import losses, settings
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3nTextConfig, GPT2Config, Qwen3Config
+from trl.kernels import chunked_logprob
 
 from open_r1 import defaults
 from open_r1.attention import keeps_documents
 from open_r1.configs import ModelConfig, SFTConfig
 from open_r1.defaults import SELECTIVE, bound, capacity_of, checkpointing, liger, settle, workers
 from open_r1.finish import out_of_memory
-from open_r1.memory import DEPTHS, device_memory, keep_less, plan_memory
+from open_r1.memory import DEPTHS, IN_PLACE, device_memory, keep_less, plan_memory
 from open_r1.sft import main
 from open_r1.trainer import OrderedTrainer
 
@@ -225,6 +226,16 @@ class TestCheckpointing:
         model_args = ModelConfig(attn_implementation=attention)
         found = plan_memory(config, "float32", model_args, args, shape[1], config.vocab_size)["total"]
         assert bound(args, config, shape[1], config.vocab_size) > 1.5 * found
+
+    def test_on_a_gpu_the_loss_holds_one_tile_of_logits(self):
+        """In PyTorch's operations some seven float32 copies of it, of 4,096 tokens and 32,768 words each."""
+        before = {name: getattr(chunked_logprob, name) for name in IN_PLACE}
+        here, there = (
+            plan_memory(LARGE, "float32", ModelConfig(), arguments(**where), 512, LARGE.vocab_size)["total"]
+            for where in ({}, {"plan_processes": 1, "plan_gpu": "H200"})
+        )
+        assert 2 < (here - there) / 2**30 < 4
+        assert {name: getattr(chunked_logprob, name) for name in IN_PLACE} == before
 
     def test_layers_on_ligers_kernels_keep_less_and_compute_the_same(self, config, plans):
         args = arguments(activation_checkpointing=False, use_liger_kernel=True)

@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_liger_kernel_available
 
 from open_r1.formats import brief
-from open_r1.memory import LIGER, device_memory, main_memory, plan_memory
+from open_r1.memory import LIGER, device_memory, main_memory, on_cpu, plan_memory
 from open_r1.model import planned_dtype
 from open_r1.processes import cores_here
 
@@ -148,8 +148,7 @@ def liger(args: "SFTConfig", model_args: "ModelConfig", config: PreTrainedConfig
 
 def capacity_of(args: "SFTConfig") -> int | None:
     """Bytes of the memory that a process has to itself: of its GPU, or its share of the machine's; None unknown."""
-    here = args.use_cpu or (args.device.type == "cpu" and not args.dry_run)  # a check is often for GPUs elsewhere
-    if args.plan_processes is None and here:
+    if on_cpu(args):
         return main_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
         return device_memory(args.plan_gpu)

@@ -9,7 +9,7 @@ import copy
 import os
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl import get_peft_config
+from trl.kernels import chunked_logprob
 from trl.trainer.utils import add_fused_lm_head
 
 from open_r1.attention import keeps_documents
@@ -37,6 +38,7 @@ LENGTHS = "lengths"  # attention without a mask of all pairs
 DEPTHS = (6, 12)  # layers that deeper models are measured with
 LIGER = ("llama", "mistral", "qwen2", "qwen3")  # models on whose layers liger-kernel's norms and gates are the same
 OUTPUTS = ("log_probs", "entropy", "is_top1")  # what TRL's trainer asks of the loss
+IN_PLACE = ("_forward_tile", "_backward_tile", "_addmm_fp32")  # what its loss does to a tile of logits
 QUANTISED = {4: 0.55, 8: 1.05}  # bytes of a weight in bits, its scales included
 # Bytes of optimizer state for a trained parameter, by what the optimizer's name holds; AdamW keeps 8.
 STATE = {"8bit": 2, "4bit": 1, "adafactor": 0, "sgd": 0, "lion": 4, "rmsprop": 4, "adagrad": 4}
@@ -100,7 +102,8 @@ def measure(
     if args.use_liger_kernel and text.model_type in LIGER and not args.liger_kernel_config:
         keep_less(model)
     half = half_of(args)
-    with FakeTensorMode(), warnings.catch_warnings(), adapters_at_work(model, autocast=bool(half)):
+    loss = contextlib.nullcontext() if on_cpu(args) else kernels_of_the_loss()
+    with FakeTensorMode(), warnings.catch_warnings(), adapters_at_work(model, autocast=bool(half)), loss:
         warnings.simplefilter("ignore")
         fill(model)
         if args.activation_checkpointing:
@@ -210,6 +213,20 @@ def gated(block: Any, again: Callable[..., torch.Tensor], states: torch.Tensor) 
     return block.down_proj(inner)
 
 
+@contextlib.contextmanager
+def kernels_of_the_loss() -> Iterator[None]:
+    """Within, tiles of logits are worked on in place, as TRL's kernels do on a GPU.
+
+    PyTorch's operations, which do the same where there is no Triton, hold some seven copies of a tile: 3.5 GiB.
+    """
+    kept = {name: getattr(chunked_logprob, name) for name in IN_PLACE}
+    vars(chunked_logprob).update(dict.fromkeys(IN_PLACE, lambda *args, **kwargs: None))
+    try:
+        yield
+    finally:
+        vars(chunked_logprob).update(kept)
+
+
 def step(model: Any, shape: tuple[int, int], masked: tuple[int, ...], cast: Any) -> None:
     """Forward and backward of one micro-batch, as TRL's trainer does them."""
     ids = torch.zeros(shape, dtype=torch.long)
@@ -285,6 +302,11 @@ def shared_out(found: dict[str, float], model_args: "ModelConfig", args: "SFTCon
         "host": host,
         "host_first": host_first,
     }
+
+
+def on_cpu(args: "SFTConfig") -> bool:
+    """Whether this machine's processor is what trains; a check is often for GPUs elsewhere."""
+    return args.plan_processes is None and (args.use_cpu or (args.device.type == "cpu" and not args.dry_run))
 
 
 def is_fsdp(args: "SFTConfig") -> bool:
