@@ -174,8 +174,8 @@ def startup(bench: Bench) -> list[Cell]:
         )
         for state, most in (("cold", 2), ("warm", None))
         for learns in LEARNT
-        for side in ("stock", "ours", "ours, python sft.py")
-        if learns == "answers" or side != "ours, python sft.py"
+        for side in ("stock", "ours", "ours, accelerate-launch", "ours, python sft.py")
+        if learns == "answers" or side in ("stock", "ours")
     ]
 
 

@@ -24,6 +24,7 @@ SIDES = {
     "stock": ["trl", "sft"],
     "tuned": ["trl", "sft"],
     "ours": ["accelerate", "launch", *LAUNCH, str(SFT)],
+    "ours, accelerate-launch": ["accelerate-launch", *LAUNCH, str(SFT)],
     "ours, python sft.py": [sys.executable, str(SFT)],
 }
 # What makes `trl sft` learn what ours learns by default, in float32: answers and their end.

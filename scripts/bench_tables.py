@@ -16,6 +16,7 @@ NAMES = {
     "stock": "`trl sft`",
     "tuned": "`trl sft`, tuned",
     "ours": "ours",
+    "ours, accelerate-launch": "ours, `accelerate-launch`",
     "ours, python sft.py": "ours, `python sft.py`",
 }
 SIDES = ("ours", "stock", "tuned")
