@@ -10,11 +10,13 @@ from typing import Any
 
 from bench_gpu import WANTED
 from bench_results import read_results
+from bench_runs import ALIKE
 
 Section = dict[str, Any]
 NAMES = {
     "stock": "`trl sft`",
     "tuned": "`trl sft`, tuned",
+    "tuned, keeping": "the same, freed memory kept",
     "ours": "ours",
     "ours, accelerate-launch": "ours, `accelerate-launch`",
     "ours, python sft.py": "ours, `python sft.py`",
@@ -181,7 +183,7 @@ def overhead(section: Section) -> str:
     """CPU milliseconds of a step, and the share that ours adds to that of `trl sft` with the same flags."""
     lines = []
     for model, every in keys_of(section, "model", "logging_steps"):
-        ours, tuned = (good(section, model=model, logging_steps=every, side=side) for side in ("ours", "tuned"))
+        ours, tuned = (good(section, model=model, logging_steps=every, side=side) for side in ALIKE)
         each = [sum(one) / sum(other) - 1 for one, other in pairs_of(ours, tuned)]
         added = f"{undisturbed(ours) / undisturbed(tuned) - 1:.1%}" if each else "failed"
         times = [f"{1000 * undisturbed(runs):.1f}" if runs else "failed" for runs in (tuned, ours)]

@@ -2,7 +2,10 @@
 
 import json
 import os
+import platform
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 
 import pytest
@@ -270,6 +273,28 @@ def test_memory_is_what_a_container_may_take(groups, files, expected, tmp_path, 
     monkeypatch.setattr(memory, "CGROUPS", tmp_path)
     monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "cgroup")
     assert memory.main_memory() == (expected or memory.psutil.virtual_memory().total)
+
+
+# Prints the faults of pages that ten tensors of 64 MiB, 16,384 pages each, cost one behind the other.
+FAULTS = """
+import resource, sys, torch
+if sys.argv[1:]:
+    from open_r1.memory import keep_freed_memory
+    keep_freed_memory()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.empty(2**24).zero_()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+def test_freed_memory_is_kept():
+    faults = [
+        int(subprocess.run([sys.executable, "-c", FAULTS, *kept], stdout=subprocess.PIPE, check=True).stdout)
+        for kept in ([], ["kept"])
+    ]
+    assert faults[0] >= 10 * 16384 > 3 * faults[1]  # other memory can lie in between at first
 
 
 @pytest.mark.parametrize(("name", "gib"), [("H100", 80), ("a100-40GB", 40), ("RTX4090-24gb", 24)])

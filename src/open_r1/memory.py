@@ -6,6 +6,7 @@ would have to hand out is counted without any of it. Deep models are measured at
 
 import contextlib
 import copy
+import ctypes
 import os
 import warnings
 import weakref
@@ -42,6 +43,7 @@ IN_PLACE = ("_forward_tile", "_backward_tile", "_addmm_fp32")  # what its loss d
 QUANTISED = {4: 0.55, 8: 1.05}  # bytes of a weight in bits, its scales included
 # Bytes of optimizer state for a trained parameter, by what the optimizer's name holds; AdamW keeps 8.
 STATE = {"8bit": 2, "4bit": 1, "adafactor": 0, "sgd": 0, "lion": 4, "rmsprop": 4, "adagrad": 4}
+KEEPING = {-1: -1, -4: 0}  # of glibc's mallopt: M_TRIM_THRESHOLD, never; M_MMAP_MAX, none
 # Memory of GPUs in GiB, as sold; any other is said as NAME-24GB.
 GPUS = {"T4": 16, "L4": 24, "A10": 24, "L40S": 48, "V100": 32, "A100": 80, "H100": 80, "H200": 141, "B200": 180}
 
@@ -329,6 +331,18 @@ def state_bytes(args: "SFTConfig") -> int:
     """Bytes of optimizer state for a trained parameter in float32."""
     name = str(getattr(args.optim, "value", args.optim))
     return next((size for part, size in STATE.items() if part in name), 8)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for what is asked for next, where it is the C library.
+
+    By default every block above 32 MiB is mapped anew and given back at once, so that each of a step's tensors of that
+    size, its tiles of logits first, costs faults of all of its pages.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for option, value in KEEPING.items():
+            libc.mallopt(option, value)
 
 
 def main_memory() -> int:

@@ -35,6 +35,7 @@ from open_r1.card import write_card
 from open_r1.errors import Stopped, UserError
 from open_r1.flops import peak_here, work_of
 from open_r1.isolation import require_isolation
+from open_r1.memory import keep_freed_memory
 from open_r1.metrics import METRICS, Collator, Meter, cut_back_metrics, evened, write_line
 from open_r1.order import Order, cut_back, cut_back_order, line_of, require_rows
 from open_r1.resuming import OPTIMIZER, SCHEDULE
@@ -714,9 +715,12 @@ def trainer_arguments(args: "SFTConfig") -> "SFTConfig":
 def tell_libraries(args: "SFTConfig") -> None:
     """Give the libraries the recipe's log level (replicas their own, quieter one) and W&B its names.
 
-    DeepSpeed stays out of a run that does not use it: to tell whether a model is wrapped, accelerate imports it
-    wherever it is installed, which takes time and ends the run where its CUDA tools are not found.
+    On a CPU the C library keeps freed memory. DeepSpeed stays out of a run that does not use it: to tell whether a
+    model is wrapped, accelerate imports it wherever it is installed, which takes time and ends the run where its CUDA
+    tools are not found.
     """
+    if args.device.type == "cpu":
+        keep_freed_memory()
     if args.torch_compile:  # layer by layer: the first is compiled for all
         os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"
     accelerate.utils.other.is_deepspeed_available = lambda: "deepspeed" in sys.modules  # no wrapper without it
