@@ -6,9 +6,10 @@
 
 Without a section, all that a CPU can tell: `startup`, `preparation`, `train`, `overhead`, `ablation`, in float32, on
 the standard library's docstrings. `trl sft` is run as a person would run it (stock), and with the flags that ours
-settles by itself (tuned); sides take turns, every run is a process of its own, and where both train the same rows
-their losses must be equal at every step. Each run is written to FILE at once (docs/performance/cpu.json, or gpu.json):
-started again, what is there already is kept, unless `--again`. `table` writes the tables of docs/performance.md anew.
+settles by itself (tuned; with freed memory kept, too, as ours does: tuned, keeping); sides take turns, every run is a
+process of its own, and where both train the same rows their losses must be equal at every step. Each run is written to
+FILE at once (docs/performance/cpu.json, or gpu.json): started again, what is there already is kept, unless `--again`.
+`table` writes the tables of docs/performance.md anew.
 """
 
 import argparse

@@ -29,8 +29,8 @@ SIDES = {
     "ours, python sft.py": [sys.executable, str(SFT)],
 }
 ALIKE = ("ours", "tuned, keeping")  # which do the same, but for what ours surrounds a step with
-# What has glibc keep freed memory, as ours does on a CPU: in the environment of `tuned, keeping`.
-KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+# What else a side finds in its environment: here what has glibc keep freed memory, as ours does on a CPU.
+ENVIRONMENTS = {"tuned, keeping": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}}
 # What makes `trl sft` learn what ours learns by default, in float32: answers and their end.
 STOCK = {"assistant_only_loss": True, "eos_token": "<|im_end|>", "bf16": False}
 # Settings that ours settles by itself and TRL can be told, by the names of the trainer's arguments.
@@ -83,7 +83,7 @@ def run(side: str, settings: dict[str, Any], out: Path, steps: int, cache: Path,
         "HF_DATASETS_CACHE": str(cache),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": threads(),
-        **(KEEPING if side == "tuned, keeping" else {}),
+        **ENVIRONMENTS.get(side, {}),
     }
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # pip compiled stock's; ours would be compiled at each start
     with (out / "log.txt").open("w") as log:
